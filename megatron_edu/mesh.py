@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # %% ../nbs/1_ranks/03_mesh.ipynb #5d75875d
 @dataclass(frozen=True)
@@ -52,11 +52,9 @@ class ParallelDims:
             )
         if world == 1:
             return ParallelGroups(self)
-        # pp stays in at size 1: a mesh of a single axis would be the default group, without the axis's name
-        axes = [axis for axis in ("pp", "dp", "tp") if axis == "pp" or getattr(self, axis) > 1]
-        sizes = tuple(getattr(self, axis) for axis in axes)
-        mesh = init_device_mesh(device_type, sizes, mesh_dim_names=tuple(axes))
-        groups = {f"{axis}_group": mesh.get_group(axis) for axis in axes if getattr(self, axis) > 1}
+        axes = tuple(axis for axis in ("pp", "dp", "tp") if getattr(self, axis) > 1)
+        mesh = init_device_mesh(device_type, tuple(getattr(self, axis) for axis in axes), mesh_dim_names=axes)
+        groups = {f"{axis}_group": _named_group(mesh, axis) for axis in axes}
         return ParallelGroups(self, **groups)
 
 # %% ../nbs/1_ranks/03_mesh.ipynb #8b6dc253
@@ -83,3 +81,9 @@ class ParallelGroups:
     def pp_rank(self) -> int:
         "This rank's place on the pipeline axis."
         return 0 if self.pp_group is None else self.pp_group.rank()
+
+# %% ../nbs/1_ranks/03_mesh.ipynb #9a812e48
+def _named_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
+    "This rank's group along an axis. A mesh lends the default group to an axis that spans the world: it gets its own."
+    group = mesh.get_group(axis)
+    return dist.new_group(group_desc=f"mesh_{axis}") if group is dist.group.WORLD else group
