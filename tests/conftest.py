@@ -78,6 +78,8 @@ def pytest_configure(config):
 
 def ranks_wanted(item) -> int:
     "Ranks a case uses: of its mark `world(n)`, else the product of its parameters tp, dp and pp."
+    if "ranks" not in item.fixturenames:
+        return 0
     mark = item.get_closest_marker("world")
     if mark:
         return mark.args[0]
@@ -109,7 +111,7 @@ def is_full_run(config) -> bool:
     "Everything was asked for: no path, no -k, no -m, no other selection."
     option = config.option
     chosen = option.keyword or option.markexpr or option.deselect or option.collectonly
-    chosen = chosen or getattr(option, "lf", False) or option.maxfail
+    chosen = chosen or option.ignore or getattr(option, "lf", False) or option.maxfail
     return config.args_source is config.ArgsSource.TESTPATHS and not chosen
 
 

@@ -23,11 +23,13 @@ def render(root: Path = ROOT) -> dict[str, bytes]:  # path below root -> what be
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = from_top_level(cell.source)
+        elif re.search(r"^#\|\s*echo:\s*false", cell.source, re.M):
+            cell.source = ""
         else:
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
     resources = {"unique_key": "index-output", "output_files_dir": PICTURES}
     text, resources = MarkdownExporter().from_notebook_node(notebook, resources)
-    text = re.sub(r"^```python\n\s*```\n", "", text, flags=re.M)  # a cell of directives alone
+    text = re.sub(r"^```python\n\s*```\n", "", text, flags=re.M)  # cells without code
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     text = re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
     return {"README.md": (HEADER + text).encode()} | resources["outputs"]
