@@ -17,12 +17,11 @@ from .shard import Shard, check_divides
 
 # %% ../../nbs/3_layers/04_embedding.ipynb #1b3b8cc7
 @torch.compiler.disable
-def _check_on_host(what: str, ids: torch.Tensor, limit: int) -> None:
+def _check_on_host(ids: torch.Tensor, limit: int, what: str, remedy: str) -> None:
     outside = (ids < 0) | (ids >= limit)
     if outside.any():
         raise ValueError(
-            f"{what} {ids[outside][0].item()} is out of range: ids go from 0 to {limit - 1}; "
-            f"use the tokenizer the model was made for, or a larger vocab_size"
+            f"{what} {ids[outside][0].item()} is out of range: ids go from 0 to {limit - 1}; {remedy}"
         )
 
 
@@ -30,13 +29,14 @@ def check_ids(
     ids: torch.Tensor,          # any shape, integers
     limit: int,                 # one more than the largest id allowed
     what: str = "token id",     # for the message
+    remedy: str = "use the tokenizer the model was made for, or a larger vocab_size",
 ) -> None:
     """Raise `ValueError` for an id outside [0, limit).
 
-    On a GPU the check is an asynchronous device assertion, so that it does not wait for the device.
+    On a GPU the check is an asynchronous device assertion, so that the host does not wait for it.
     """
     if ids.device.type == "cpu":
-        _check_on_host(what, ids, limit)
+        _check_on_host(ids, limit, what, remedy)
     else:
         torch._assert_async(((ids >= 0) & (ids < limit)).all(), f"{what} out of range [0, {limit})")
 
@@ -44,8 +44,9 @@ def check_ids(
 class VocabParallelEmbedding(nn.Module):
     """`nn.Embedding` with its rows split over `group` (paper, section 3).
 
-    Forward: look up own ids, zero for the others, all-reduce (g). Backward: no collective. Raises `ValueError`
-    for ids outside the vocabulary on any number of ranks, and if the rows do not divide by the ranks.
+    Forward: look up own ids, zero for the others, all-reduce (g). Backward: no collective. Raises
+    `ValueError` for ids outside the vocabulary on any number of ranks, and for rows that do not
+    divide by the ranks or are fewer than the vocabulary.
     """
 
     def __init__(
@@ -59,9 +60,14 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         size = group_size(group)
         check_divides("num_embeddings", num_embeddings, size)
+        if vocab_size is not None and not 0 < vocab_size <= num_embeddings:
+            raise ValueError(
+                f"vocab_size={vocab_size} is not from 1 to num_embeddings={num_embeddings}: every id "
+                f"needs a row; pass num_embeddings of at least vocab_size"
+            )
         self.group = group
         self.vocab_size = num_embeddings if vocab_size is None else vocab_size
-        self.first = group_rank(group) * (num_embeddings // size)   # the id of this rank's first row
+        self.first = group_rank(group) * (num_embeddings // size)  # the id of this rank's first row
         self.shard_rules = {"weight": Shard(0)}
         self.weight = nn.Parameter(torch.empty(num_embeddings // size, embedding_dim))
         nn.init.normal_(self.weight)

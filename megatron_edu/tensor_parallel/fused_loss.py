@@ -8,43 +8,30 @@ __all__ = ['CHUNK', 'linear_cross_entropy']
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #e335545e
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
-from ..comm import all_reduce, group_rank
-from .cross_entropy import hide_padding, own_columns
-from .embedding import check_ids
+from ..comm import all_reduce, group_size
+from .cross_entropy import check_targets, row_losses
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #c60b7b2d
 CHUNK = 512     # rows of logits that exist at one time
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #1735190e
-def _chunk_loss(logits, targets, group, vocab_size):
-    "Losses of a few rows, with the logits overwritten by their softmax; and where each target's column is."
-    first = group_rank(group) * logits.shape[1]
-    hide_padding(logits, first, vocab_size)
-    column, own = own_columns(targets, first, logits.shape[1])
-    largest = all_reduce(logits.amax(-1), group, "max", inplace=True)       # (n,)
-    logits.sub_(largest[:, None])
-    target = all_reduce(logits.gather(1, column[:, None])[:, 0].where(own, 0), group, inplace=True)
-    total = all_reduce(logits.exp_().sum(-1), group, inplace=True)
-    return total.log() - target, total, column, own
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, weights, group, vocab_size):
+    def forward(ctx, x, weight, targets, weights, group, vocab_size, need_gradients):
         wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        need = any(ctx.needs_input_grad[:2])
-        grad_x = torch.empty_like(x) if need else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need else None
+        grad_x = torch.empty_like(x) if need_gradients else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if need_gradients else None
         loss = x.new_zeros((), dtype=wide)
         for start in range(0, len(x), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = (x[rows] @ weight.t()).to(wide)                        # (n, v/t), alive for this turn only
-            losses, total, column, own = _chunk_loss(logits, targets[rows], group, vocab_size)
+            logits = (x[rows] @ weight.t()).to(wide)            # (n, v/t), alive for this turn only
+            losses, total, column, own = row_losses(logits, targets[rows], group, vocab_size)
             w = weights[rows].to(wide)
             loss += (losses * w).sum()
-            if need:
-                logits.mul_((w / total)[:, None])                           # from here on: the logits' gradient
+            if need_gradients:
+                logits.mul_((w / total)[:, None])               # from here on: the logits' gradient
                 logits.scatter_add_(1, column[:, None], -(w * own)[:, None])
                 grad_logits = logits.to(x.dtype)
                 torch.mm(grad_logits, weight, out=grad_x[rows])
@@ -57,10 +44,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         grad_x, grad_weight = ctx.saved_tensors
-        grad_x = all_reduce(grad_x * grad.to(grad_x.dtype), ctx.group, inplace=True)
-        return grad_x, grad_weight * grad, None, None, None, None
+        scaled = (grad_x.to(grad.dtype) * grad).to(grad_x.dtype)    # a loss scale may not fit in fp16
+        grad_x = all_reduce(scaled, ctx.group, inplace=True)
+        return grad_x, grad_weight * grad, None, None, None, None, None
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #22f676e9
 @torch.compiler.disable
@@ -75,14 +64,24 @@ def linear_cross_entropy(
 ) -> torch.Tensor:                              # scalar: sum of weight x loss, in nats
     """The output layer (f and a matrix product) and its cross-entropy, without ever holding all logits.
 
-    Forward: for every 512 tokens the local logits, three all-reduces of one number a token, and both gradients.
-    Backward: one all-reduce of the input's gradient. Raises `ValueError` for targets outside the vocabulary.
+    Forward: for every 512 tokens the local logits, three all-reduces of one number a token, and both
+    gradients if they are needed. Backward: one all-reduce of the input's gradient. Raises `ValueError`
+    for targets outside the vocabulary and for shapes that do not fit.
     """
-    targets, weights = targets.flatten(), weights.flatten()
+    if weights.shape != targets.shape:
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)}, targets {tuple(targets.shape)}; "
+            f"pass one weight for each target"
+        )
     targets = targets.where(weights != 0, 0)
-    check_ids(targets, vocab_size, "target id")
-    x = x.flatten(0, -2)
+    columns = weight.shape[0] * group_size(group)
+    remedy = "correct it, or give a token that does not count the weight 0"
+    check_targets(targets, x.shape[:-1], columns, vocab_size, remedy)
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
-    return _LinearCrossEntropy.apply(x, weight, targets, weights, group, vocab_size)
+    need_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    x = x.reshape(-1, x.shape[-1])
+    return _LinearCrossEntropy.apply(
+        x, weight, targets.flatten(), weights.flatten(), group, vocab_size, need_gradients
+    )
