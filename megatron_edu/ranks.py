@@ -5,263 +5,306 @@
 # %% auto #0
 __all__ = ['RankError', 'join_world', 'Ranks']
 
-# %% ../nbs/1_ranks/01_ranks.ipynb #36604ef8
+# %% ../nbs/1_ranks/01_ranks.ipynb #2b706831
 import contextlib
 import io
+import linecache
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 import torch
 import torch.distributed as dist
 
-# %% ../nbs/1_ranks/01_ranks.ipynb #2b706831
+# %% ../nbs/1_ranks/01_ranks.ipynb #0c9eec4e
 class RankError(RuntimeError):
-    "A rank failed, died or waited too long. Carries the `rank` and, where there is one, its traceback."
+    "A rank failed, died or waited too long. Has the `rank`, and its traceback in the message."
 
     def __init__(self, rank: int, message: str):
         super().__init__(message)
         self.rank = rank
 
-# %% ../nbs/1_ranks/01_ranks.ipynb #350af16f
+
 def join_world(
     rank: int,          # of this process
     size: int,          # ranks in the world
     rendezvous: str,    # path of a file that all ranks share and none has used before
     backend: str,       # "gloo" or "nccl"
-    timeout: float,     # seconds a collective may wait for the other ranks
+    timeout: float,     # seconds a collective may wait for the other ranks, in any group
 ) -> None:
-    "Make this process one rank of a world on this machine. Meets the others in a file: no port is opened for it."
+    "Make this process one rank of a world on this machine. The ranks meet in a file."
     if backend == "nccl":
         torch.cuda.set_device(rank)
     else:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    limit = timedelta(seconds=timeout)
     dist.init_process_group(
         backend,
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=timeout),
+        timeout=limit,
     )
+    dist.distributed_c10d.default_pg_timeout = limit
+    dist.distributed_c10d.default_pg_nccl_timeout = limit
 
-# %% ../nbs/1_ranks/01_ranks.ipynb #a003494d
-def _serve(rank, size, rendezvous, backend, timeout, threads, pipe) -> None:
-    "What a rank does all its life: join the world, then run what comes through the pipe."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends the ranks
-    torch.set_num_threads(threads)
-    try:
-        join_world(rank, size, rendezvous, backend, timeout)
-        pipe.send(("ready", None, ""))
-        while True:
-            pipe.send(_run(pipe.recv_bytes()))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        pass  # the parent closed the pipe or is gone
-    except Exception:
-        pipe.send(("error", traceback.format_exc(), ""))
-    finally:
-        os._exit(0)  # no clean-up: a rank in a half-finished collective would wait for its peers
+# %% ../nbs/1_ranks/01_ranks.ipynb #e883aae7
+class _Answer(NamedTuple):
+    "What comes back from a rank."
+
+    kind: str           # "ready", "result", "error"; "died" is written for it by the parent
+    value: Any = None   # the pickled result, or the text of the failure
+    printed: str = ""   # what the call printed
 
 
-def _run(payload: bytes) -> tuple[str, Any, str]:
-    "Run one pickled call; its outcome, its result or traceback, and what it printed."
+def _run(payload: bytes) -> _Answer:
+    "Run one pickled call. Whatever it raises is its answer."
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         try:
             fn, args, kwargs = cloudpickle.loads(payload)
-            return "result", cloudpickle.dumps(fn(*args, **kwargs)), printed.getvalue()
-        except Exception as error:
-            own = error.__traceback__.tb_next or error.__traceback__  # without the line above
+            result = cloudpickle.dumps(fn(*args, **kwargs))
+        except BaseException as error:
+            own = error.__traceback__.tb_next or error.__traceback__  # without this function's line
             trace = "".join(traceback.format_exception(type(error), error, own))
-            return "error", trace, printed.getvalue()
+            return _Answer("error", trace, printed.getvalue())
+    return _Answer("result", result, printed.getvalue())
 
-# %% ../nbs/1_ranks/01_ranks.ipynb #983619e1
-class Ranks:
-    """`n` processes on this machine that wait for functions to run: `results = Ranks(4)(fn, *args)`.
-
-    The processes live until `close()`, the end of the `with` block, or the end of the interpreter, so a call
-    costs milliseconds. Inside `fn` the default process group is there. After a failure (`RankError`) all ranks
-    are ended, and the next call starts new ones. Functions, arguments and results travel by value.
-    """
-
-    def __init__(
-        self,
-        size: int,                      # number of ranks
-        backend: str = "gloo",          # "gloo" (CPU), or "nccl": rank r uses GPU r
-        timeout: float = 20.0,          # seconds a rank may wait in a collective for the others
-        threads: int | None = None,     # CPU threads per rank; default: cores / ranks, at least 1
-    ):
-        if size < 1:
-            raise ValueError(f"Ranks({size}): a world has at least 1 rank; pass size >= 1")
-        if backend not in ("gloo", "nccl"):
-            raise ValueError(f"Ranks(backend={backend!r}): the backend is 'gloo' or 'nccl'")
-        if backend == "nccl" and torch.cuda.device_count() < size:
-            raise ValueError(
-                f"Ranks({size}, backend='nccl') needs {size} GPUs, one a rank, and finds "
-                f"{torch.cuda.device_count()}; pass fewer ranks or backend='gloo'"
-            )
-        self.size = size
-        self.backend = backend
-        self.timeout = timeout
-        self.threads = threads or max(1, (os.cpu_count() or 1) // size)
-        self._processes: list[multiprocessing.Process] = []
-        self._pipes: list[Connection] = []
-        self._finalizer = None
-
-    def __enter__(self) -> "Ranks":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
-    def __repr__(self) -> str:
-        return f"Ranks({self.size}, backend={self.backend!r})"
-
-    def __call__(self, fn: Callable, *args, **kwargs) -> list[Any]:  # one result a rank, in order
-        "Run `fn(*args, **kwargs)` on every rank. Raises `RankError` once if a rank fails, dies or waits too long."
-        payload = cloudpickle.dumps((fn, args, kwargs))
-        try:
-            if not self._processes:
-                self._start()
-            for rank, pipe in enumerate(self._pipes):
-                try:
-                    pipe.send_bytes(payload)
-                except (BrokenPipeError, ConnectionResetError):
-                    raise RankError(rank, self._obituary(rank)) from None
-            return [cloudpickle.loads(result) for result in self._collect()]
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        "End all ranks. The object stays usable: the next call starts new ones."
-        if self._finalizer is not None:
-            self._finalizer()
-        self._processes, self._pipes, self._finalizer = [], [], None
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "cloudpickle"])
-        folder = tempfile.mkdtemp(prefix="megatron_edu_ranks_")
-        rendezvous = os.path.join(folder, "rendezvous")
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(rank, self.size, rendezvous, self.backend, self.timeout, self.threads, theirs),
-                name=f"rank {rank}",
-                daemon=True,
-            )
-            with _without_main():
-                process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._pipes.append(ours)
-        self._finalizer = weakref.finalize(self, _end, self._processes, self._pipes, folder)
-        self._collect(limit=60 + self.timeout)
-
-    def _collect(self, limit: float | None = None) -> list[Any]:
-        "One answer from every rank, printed lines in order of rank; the first failure ends the wait."
-        answers: dict[int, tuple] = {}
-        failures: list[tuple[int, str]] = []
-        deadline = None if limit is None else time.monotonic() + limit
-        while len(answers) + len(failures) < self.size:
-            done = set(answers) | {rank for rank, _ in failures}
-            waiting = {self._pipes[r]: r for r in range(self.size) if r not in done}
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = wait(list(waiting), left)
-            if not ready:
-                break
-            for pipe in ready:
-                rank = waiting[pipe]
-                try:
-                    outcome = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    failures.append((rank, self._obituary(rank)))
-                    continue
-                if outcome[0] == "error":
-                    failures.append((rank, outcome[1]))
-                    answers.pop(rank, None)
-                    self._print(rank, outcome[2])
-                else:
-                    answers[rank] = outcome
-            if failures and deadline is None:
-                deadline = time.monotonic() + 0.5  # what the others have to say to it, then the end
-        for rank in sorted(answers):
-            self._print(rank, answers[rank][2])
-        if failures:
-            raise self._error(failures, finished=sorted(answers))
-        if len(answers) < self.size:
-            missing = [r for r in range(self.size) if r not in answers]
-            raise RankError(missing[0], f"ranks {missing} did not start within {limit:.0f} s")
-        return [answers[rank][1] for rank in range(self.size)]
-
-    def _error(self, failures: list[tuple[int, str]], finished: list[int]) -> RankError:
-        "The failure that began it: a death first, then an error of its own, a broken collective last."
-        def order(failure):
-            consequence = any(text in failure[1] for text in _PEER_LOST)
-            return (" died " not in failure[1], consequence)
-
-        rank, text = sorted(failures, key=order)[0]
-        if "died" not in text and any(sign in text for sign in _PEER_LOST):
-            text += (
-                f"\nrank {rank} waited in a collective that another rank did not join"
-                f" (ranks that had finished: {finished or 'none'}; time limit {self.timeout:g} s)."
-                " Every rank of a group must make the same collectives in the same order."
-            )
-        return RankError(rank, f"rank {rank} of {self.size} failed:\n{text}")
-
-    def _obituary(self, rank: int) -> str:
-        process = self._processes[rank]
-        process.join(1)
-        code = process.exitcode
-        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return f"rank {rank} died ({how}) without an answer; the next call starts a new world"
-
-    def _print(self, rank: int, printed: str) -> None:
-        for line in printed.splitlines():
-            print(f"[rank {rank}] {line}")
-
-# %% ../nbs/1_ranks/01_ranks.ipynb #9106ac8d
-_PEER_LOST = (  # how gloo and NCCL report that another rank is late or gone
-    "Timed out waiting",
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "timed out",
-    "Application timeout caused pair closure",
-)
+# %% ../nbs/1_ranks/01_ranks.ipynb #d5dcc875
+def _end_with_parent() -> None:
+    "Wait for the end of the parent process, and end this one with it."
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def _end(processes, pipes, folder) -> None:
-    "Close the pipes, give the ranks a moment, kill what is left, remove the rendezvous."
-    for pipe in pipes:
-        pipe.close()
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.join(5)
-    for name in os.listdir(folder):
-        os.unlink(os.path.join(folder, name))
-    os.rmdir(folder)
+def _serve(rank, size, rendezvous, backend, timeout, threads, pipe) -> None:
+    "What a rank does all its life: join the world, then run what comes through the pipe."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the ranks
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // size))
+    try:
+        join_world(rank, size, rendezvous, backend, timeout)
+        pipe.send(_Answer("ready"))
+        while True:
+            pipe.send(_run(pipe.recv_bytes()))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent closed the pipe
+    except Exception:
+        pipe.send(_Answer("error", traceback.format_exc()))
+    finally:
+        os._exit(0)  # no clean-up: a rank in a half-finished collective would wait for its peers
+
+# %% ../nbs/1_ranks/01_ranks.ipynb #14e64f1c
+@dataclass
+class _World:
+    "The processes of a world and a pipe to each, in order of rank."
+
+    folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="megatron_edu_ranks_"))
+    processes: list[Any] = field(default_factory=list)
+    pipes: list[Connection] = field(default_factory=list)
+
+    def end(self) -> None:
+        "Kill the ranks and remove the folder."
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join(5)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+_hiding = threading.Lock()
 
 
 @contextlib.contextmanager
 def _without_main():
-    "Hide the main module while a rank starts, so that a script is not run again in it: no `__main__` guard is needed."
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
+    "Hide the main module, so that a script without `__main__` guard is not run again in a rank."
+    with _hiding:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+# %% ../nbs/1_ranks/01_ranks.ipynb #b799561c
+def _start(world: _World, size: int, backend: str, timeout: float, threads: int | None) -> None:
+    "Fill an empty world with ranks, and wait until they have met."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "cloudpickle"])
+    rendezvous = os.path.join(world.folder, "rendezvous")
+    for rank in range(size):
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_serve,
+            args=(rank, size, rendezvous, backend, timeout, threads, theirs),
+            name=f"rank {rank}",
+            daemon=True,
+        )
+        with _without_main():
+            process.start()
+        theirs.close()
+        world.processes.append(process)
+        world.pipes.append(ours)
+    limit = 60 + timeout
+    answers = _collect(world, limit)
+    _raise_failure(answers, size, timeout)
+    missing = sorted(set(range(size)) - set(answers))
+    if missing:
+        raise RankError(missing[0], f"ranks {missing} of {size} did not start within {limit:g} s")
+
+# %% ../nbs/1_ranks/01_ranks.ipynb #2db6137c
+def _collect(world: _World, limit: float | None = None) -> dict[int, _Answer]:
+    "Answers by rank: all, or those there after `limit` seconds or soon after a failure."
+    answers: dict[int, _Answer] = {}
+    deadline = None if limit is None else time.monotonic() + limit
+    while len(answers) < len(world.pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(world.pipes) if rank not in answers}
+        ready = wait(waiting, None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            answers[waiting[pipe]] = _receive(world, waiting[pipe])
+        if any(answer.kind in ("error", "died") for answer in answers.values()):
+            soon = time.monotonic() + 0.5
+            deadline = soon if deadline is None else min(deadline, soon)
+    return answers
+
+
+def _receive(world: _World, rank: int) -> _Answer:
+    "The answer of a rank whose pipe has something to read, or has ended."
     try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+        answer = world.pipes[rank].recv()
+    except (EOFError, ConnectionResetError):
+        process = world.processes[rank]
+        process.join(1)
+        code = process.exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return _Answer("died", how)
+    return answer._replace(value=_with_source(answer.value)) if answer.kind == "error" else answer
+
+# %% ../nbs/1_ranks/01_ranks.ipynb #778f4272
+def _with_source(trace: str) -> str:
+    "Add the source lines that a rank could not see: those of notebook cells."
+    def add(place):
+        source = linecache.getline(place[1], int(place[2])).strip()
+        return f"{place[0]}    {source}\n" if source else place[0]
+
+    return re.sub(r'^ +File "(.+)", line (\d+), in .+\n(?!    )', add, trace, flags=re.MULTILINE)
+
+
+_PEER_LOST = (  # how gloo and NCCL report that another rank is late or gone
+    "Timed out waiting",
+    "timed out",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Application timeout caused pair closure",
+)
+
+# %% ../nbs/1_ranks/01_ranks.ipynb #27677c9f
+def _raise_failure(answers: dict[int, _Answer], size: int, timeout: float) -> None:
+    "Raise the failure that began it: a death, else an own error, else a broken collective."
+    def order(rank):
+        lost = any(sign in answers[rank].value for sign in _PEER_LOST)
+        return answers[rank].kind != "died", lost, rank
+
+    failed = [rank for rank, answer in answers.items() if answer.kind in ("error", "died")]
+    if not failed:
+        return
+    alive, lost, rank = min(map(order, failed))
+    text = answers[rank].value
+    if not alive:
+        text = f"rank {rank} of {size} died: {text}. The next call starts new ranks."
+        raise RankError(rank, text)
+    if lost:
+        done = sorted(set(answers) - set(failed))
+        text += (
+            f"rank {rank} waited in a collective that another rank did not join (limit "
+            f"{timeout:g} s; ranks that had finished: {done or 'none'}). "
+            "Every rank of a group must make the same collectives in the same order."
+        )
+    raise RankError(rank, f"rank {rank} of {size} failed:\n{text}")
+
+
+def _ask(world: _World, payload: bytes, timeout: float) -> list[Any]:
+    "Send one pickled call to every rank; the results in order of rank."
+    for pipe in world.pipes:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # reported by _collect
+            pipe.send_bytes(payload)
+    answers = _collect(world)
+    for rank in sorted(answers):
+        for line in answers[rank].printed.splitlines():
+            print(f"[rank {rank}] {line}")
+    _raise_failure(answers, len(world.pipes), timeout)
+    return [cloudpickle.loads(answers[rank].value) for rank in sorted(answers)]
+
+# %% ../nbs/1_ranks/01_ranks.ipynb #768797c9
+def _check(size: int, backend: str) -> None:
+    "Raise `ValueError` for a world that this machine cannot have."
+    if size < 1:
+        raise ValueError(f"Ranks({size}): a world has at least 1 rank; pass size >= 1")
+    if backend not in ("gloo", "nccl"):
+        raise ValueError(f"Ranks(backend={backend!r}): the backend is 'gloo' or 'nccl'")
+    if backend == "nccl" and torch.cuda.device_count() < size:
+        raise ValueError(
+            f"Ranks({size}, backend='nccl') needs {size} GPUs, one a rank, and finds "
+            f"{torch.cuda.device_count()}; pass fewer ranks or backend='gloo'"
+        )
+
+# %% ../nbs/1_ranks/01_ranks.ipynb #e119a7b4
+@dataclass(eq=False)
+class Ranks(contextlib.AbstractContextManager):
+    """Processes on this machine that wait for functions: `results = Ranks(4)(fn, *args)`.
+
+    They live until `close()`, the end of the `with` block or of the interpreter. Inside `fn` the
+    default process group is there. After a `RankError` the next call starts new processes."""
+
+    size: int                       # number of ranks
+    backend: str = "gloo"           # "gloo" (CPU), or "nccl": rank r uses GPU r
+    timeout: float = 20.0           # seconds a rank may wait in a collective for the others
+    threads: int | None = None      # CPU threads per rank; default: cores / ranks, at least 1
+
+    def __post_init__(self):
+        _check(self.size, self.backend)
+        self._calling = threading.RLock()
+        self._world = None
+
+    def __call__(self, fn: Callable, *args, **kwargs) -> list[Any]:  # one result a rank, in order
+        "Run `fn(*args, **kwargs)` on every rank. Raises one `RankError` if any rank fails."
+        payload = cloudpickle.dumps((fn, args, kwargs))
+        with self._calling:
+            try:
+                if self._world is None:
+                    self._world = _World()
+                    self._end = weakref.finalize(self, self._world.end)
+                    _start(self._world, self.size, self.backend, self.timeout, self.threads)
+                return _ask(self._world, payload, self.timeout)
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        "End all ranks. The object stays usable: the next call starts new ones."
+        if self._world is not None:
+            self._end()
+            self._world = None
+
+    def __exit__(self, *exception) -> None:
+        self.close()
