@@ -15,12 +15,14 @@ import torch.distributed as dist
 
 from ..comm import group_rank, group_size
 
-# %% ../../nbs/3_layers/07_random.ipynb #6f9205e9
+# %% ../../nbs/3_layers/07_random.ipynb #cccbc147
 def mix_seed(
-    *numbers: int,      # each at least 0: a seed and what tells the streams apart, e.g. (seed, dp_rank)
+    *numbers: int,      # each in [0, 2**64): a seed and what tells the streams apart
 ) -> int:               # 63 bits
-    "One seed from several numbers; streams of neighbouring numbers have nothing to do with each other."
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    "One seed from several numbers; streams of neighbouring numbers have nothing in common."
+    words = [word for number in numbers for word in divmod(number, 2**32)]
+    sequence = np.random.SeedSequence([len(numbers), *words])
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_replica(
@@ -30,26 +32,30 @@ def seed_replica(
 ) -> None:
     """Seed the replicated stream, which is PyTorch's own generator (CPU and CUDA).
 
-    Ranks of one tensor-parallel group share it, so that dropout on replicated activations agrees (paper, appendix B).
+    Ranks of one tensor-parallel group share it, so that dropout on replicated activations agrees
+    (paper, appendix B). Raises `ValueError` for a seed that is no number from 0 to 2**64 - 1.
     """
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed={seed}: must be at least 0 and below 2**64; pass another seed")
     torch.manual_seed(mix_seed(seed, dp_rank, pp_rank))
 
-# %% ../../nbs/3_layers/07_random.ipynb #23abfb1e
+# %% ../../nbs/3_layers/07_random.ipynb #a43c46c2
 @torch.compiler.disable
 def _draw_seed(rank: int) -> int:
-    "A seed for one rank: a number from the replicated stream, equal on all ranks, mixed with the rank."
-    return mix_seed(int(torch.randint(2**62, ())), rank)
+    "A seed for one rank: a number from the replicated stream, mixed with the rank."
+    return mix_seed(int(torch.randint(2**62, (), device="cpu")), rank)
 
 
 @contextmanager
 def sharded_randomness(
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup | None,    # the tensor-parallel group
 ) -> Iterator[None]:
-    """Inside, PyTorch's generator gives every rank of `group` numbers of its own: for dropout on sharded activations.
+    """Inside, every rank of `group` draws numbers of its own: for dropout on sharded activations.
 
-    The rank's stream starts from a number drawn from the replicated stream, which goes on afterwards as if
-    one number had been drawn. So there is one state to save, and whoever replays it (activation recomputation,
-    a checkpoint) replays both streams. Without a group or with one rank it does nothing.
+    The rank's stream starts from a number drawn from the replicated stream, which goes on
+    afterwards as if one number had been drawn. So there is one state to save, and whoever replays
+    it (activation recomputation, a checkpoint) replays both streams. Without a group or with one
+    rank it does nothing.
     """
     if group_size(group) == 1:
         yield
