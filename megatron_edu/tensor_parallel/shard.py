@@ -16,37 +16,49 @@ from torch import nn
 
 from ..comm import all_gather, group_rank, group_size
 
-# %% ../../nbs/3_layers/01_shard.ipynb #f1893f3d
+# %% ../../nbs/3_layers/01_shard.ipynb #08a6062e
 def check_divides(
-    what: str,      # name of the size, for the message
-    value: int,     # the size
-    size: int,      # ranks it is divided among
+    what: str,          # name of the size, for the message
+    value: int,         # the size
+    size: int,          # ranks it is divided among
+    blocks: int = 1,    # equal parts of it, each divided among all ranks
 ) -> None:
     "Raise `ValueError` with the nearest size that does divide, if `value` does not."
-    if value % size:
-        nearest = max(1, round(value / size)) * size
+    unit = blocks * size
+    if value % unit:
+        nearest = max(1, round(value / unit)) * unit
+        parts = f"in {blocks} equal blocks " if blocks > 1 else ""
         raise ValueError(
-            f"{what}={value} does not divide among {size} tensor-parallel ranks; "
+            f"{what}={value} does not divide {parts}among {size} tensor-parallel ranks; "
             f"the nearest that does is {nearest}"
         )
 
-# %% ../../nbs/3_layers/01_shard.ipynb #45c1df36
+# %% ../../nbs/3_layers/01_shard.ipynb #9cb378c0
 @dataclass(frozen=True)
 class Shard:
-    "How a parameter is cut: along `dim`, separately in each of `blocks` equal parts (3 for fused Q, K and V)."
+    """How a parameter is cut: along `dim`, in each of `blocks` equal parts (3 for fused Q, K, V).
 
-    dim: int            # tensor dim that is cut
+    Raises `ValueError` for a negative dim and for less than one block.
+    """
+
+    dim: int            # tensor dim that is cut, counted from the front
     blocks: int = 1     # equal parts along `dim`, each of which is cut among all ranks
+
+    def __post_init__(self):
+        if self.dim < 0 or self.blocks < 1:
+            raise ValueError(
+                f"{self}: dims count from the front, blocks from 1; pass dim >= 0 and blocks >= 1"
+            )
 
     def split(
         self,
         full: torch.Tensor,
         rank: int,              # whose slice
         size: int,              # number of ranks
-    ) -> torch.Tensor:          # 1/size of `full` along `dim`: a view for one block, a copy for several
+    ) -> torch.Tensor:          # 1/size of `full`: a view for one block, a copy for several
         "The slice of one rank. Raises `ValueError` if the dim does not divide by blocks x size."
-        check_divides(f"dim {self.dim} of a tensor of shape {tuple(full.shape)}, in {self.blocks} blocks: "
-                      f"block", full.shape[self.dim] // self.blocks, size)
+        what = f"shape {tuple(full.shape)}, dim {self.dim}: size"
+        check_divides(what, full.shape[self.dim], size, self.blocks)
         blocks = full.unflatten(self.dim, (self.blocks, size, -1))
         return blocks.select(self.dim + 1, rank).flatten(self.dim, self.dim + 1)
 
@@ -58,16 +70,18 @@ class Shard:
         blocks = [part.unflatten(self.dim, (self.blocks, -1)) for part in parts]
         return torch.stack(blocks, dim=self.dim + 1).flatten(self.dim, self.dim + 2)
 
-# %% ../../nbs/3_layers/01_shard.ipynb #e07e59d9
+# %% ../../nbs/3_layers/01_shard.ipynb #df1220e6
 class Placement(NamedTuple):
-    "Where a parameter lives: cut by `rule` over the ranks of `group`, or whole on each of them (None)."
+    "Where a parameter lives: cut by `rule` over the ranks of `group`, or whole on each (None)."
 
     rule: Shard | None
     group: dist.ProcessGroup | None
 
 
-def placements(model: nn.Module) -> dict[str, Placement]:  # by parameter name, in the model's order
-    "Rule and group of every parameter. A layer states the rules of its own parameters in `shard_rules`."
+def placements(
+    model: nn.Module,
+) -> dict[str, Placement]:      # by parameter name, in the model's order
+    "Rule and group of every parameter, as its layer states them in `shard_rules` and `group`."
     found = {}
     for prefix, module in model.named_modules():
         rules = getattr(module, "shard_rules", {})
@@ -77,49 +91,70 @@ def placements(model: nn.Module) -> dict[str, Placement]:  # by parameter name, 
     return {name: found[name] for name, _ in model.named_parameters()}
 
 
-def shard_rules(model: nn.Module) -> dict[str, Shard | None]:  # None: replicated
+def shard_rules(
+    model: nn.Module,
+) -> dict[str, Shard | None]:   # None: replicated
     "The rule of every parameter."
     return {name: placement.rule for name, placement in placements(model).items()}
 
-# %% ../../nbs/3_layers/01_shard.ipynb #ae0a664d
+# %% ../../nbs/3_layers/01_shard.ipynb #1e9ac99a
+def _full_shape(parameter: torch.Tensor, place: Placement) -> tuple[int, ...]:
+    shape = list(parameter.shape)
+    if place.rule is not None:
+        shape[place.rule.dim] *= group_size(place.group)
+    return tuple(shape)
+
+
 def shard_state_dict(
     full_state: dict[str, torch.Tensor],    # full tensors, as an unsharded model has them
     model: nn.Module,
 ) -> dict[str, torch.Tensor]:               # what `model.load_state_dict` takes on this rank
-    "Cut a full state to this rank's slices. Raises `ValueError` for missing or surplus names and wrong shapes."
+    """Cut a full state to this rank's slices, which may be views of it.
+
+    Raises `ValueError` for missing or surplus names and for wrong shapes.
+    """
     where = placements(model)
-    missing, surplus = sorted(where.keys() - full_state.keys()), sorted(full_state.keys() - where.keys())
+    missing = sorted(where.keys() - full_state.keys())
+    surplus = sorted(full_state.keys() - where.keys())
     if missing or surplus:
-        raise ValueError(f"the state does not fit the model: missing {missing}, surplus {surplus}")
+        raise ValueError(
+            f"the state does not fit the model: missing {missing}, surplus {surplus}; "
+            "build the model with the configuration of the state"
+        )
     local = {}
     for name, parameter in model.named_parameters():
-        rule, group = where[name]
-        full = full_state[name]
-        piece = full if rule is None else rule.split(full, group_rank(group), group_size(group))
-        if piece.shape != parameter.shape:
+        full, place = full_state[name], where[name]
+        needed = _full_shape(parameter, place)
+        if full.shape != needed:
             raise ValueError(
-                f"{name} has shape {tuple(full.shape)}, a slice of it {tuple(piece.shape)}, but the model "
-                f"needs {tuple(parameter.shape)}; build the model with the configuration of the state"
+                f"{name} has shape {tuple(full.shape)} in the state, but the model needs {needed}; "
+                "build the model with the configuration of the state"
             )
-        local[name] = piece
+        size = group_size(place.group)
+        rank = group_rank(place.group)
+        local[name] = full if place.rule is None else place.rule.split(full, rank, size)
     return local
 
-
-def gather_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    "The full state, on every rank, as detached copies. All ranks of the group call it together."
+# %% ../../nbs/3_layers/01_shard.ipynb #71068f23
+def gather_state_dict(
+    model: nn.Module,
+) -> dict[str, torch.Tensor]:           # full tensors on every rank, detached copies
+    "The full state. All ranks of the group call it together."
     return gather_tensors(dict(model.named_parameters()), model)
 
 
 def gather_tensors(
-    tensors: dict[str, torch.Tensor],   # this rank's slices, by parameter name: values, gradients, moments
+    tensors: dict[str, torch.Tensor],   # this rank's slices by parameter name: values, moments, ...
     model: nn.Module,
 ) -> dict[str, torch.Tensor]:           # full tensors, copies
-    "Join tensors that are cut like the model's parameters. All ranks of the group call it together."
+    "Join tensors cut like the model's parameters. All ranks of the group call it together."
     where = placements(model)
-    return {name: _gather(tensor.detach(), where[name]) for name, tensor in tensors.items()}
+    return {name: _gather(tensor, where[name]) for name, tensor in tensors.items()}
 
 
 def _gather(tensor: torch.Tensor, place: Placement) -> torch.Tensor:
+    tensor = tensor.detach()
     if place.rule is None or group_size(place.group) == 1:
         return tensor.clone()
-    return place.rule.merge(list(all_gather(tensor.unsqueeze(0), place.group, dim=0).unbind(0)))
+    parts = all_gather(tensor.unsqueeze(0), place.group, dim=0)
+    return place.rule.merge(list(parts.unbind(0)))
