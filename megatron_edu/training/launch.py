@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..mesh import ParallelDims
-from ..ranks import join_world
+from ..ranks import RankError, join_world
 
 # %% ../../nbs/6_training/06_launch.ipynb #d311da88
 TIMEOUT = 600.0     # seconds that a collective of a training run may wait: a rank may be saving
@@ -44,7 +45,7 @@ def launch(
 
     Under `torchrun` this process is one rank already and joins the others. Otherwise one rank runs here, and more
     are started on this machine through PyTorch's elastic launcher, which ends all if one fails. Raises
-    `RuntimeError` with the first failure.
+    `RankError` with the first failure.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return _join_torchrun(fn, dims, args, say)
@@ -65,7 +66,9 @@ def launch(
             results = elastic_launch(config, _rank)(fn, dims, args, backend, str(Path(folder, "ranks")))
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
-            raise RuntimeError(f"rank {rank} failed: {failure.message}") from None
+            raise RankError(rank, f"rank {rank} failed: {failure.message}") from None
+        except SignalException:
+            raise KeyboardInterrupt from None
     return results[0]
 
 # %% ../../nbs/6_training/06_launch.ipynb #68ed34c4

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunConfig', 'TrainConfig', 'Data', 'autocast', 'train_step', 'validation_loss', 'Journal', 'read_metrics',
-           'stop_requested', 'train', 'plot_metrics']
+           'validation_losses', 'stop_requested', 'train', 'plot_metrics']
 
 # %% ../../nbs/6_training/05_loop.ipynb #38bbe4ca
 import contextlib
@@ -79,6 +79,10 @@ class TrainConfig:
     run: RunConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelDims = field(default_factory=ParallelDims)
+
+    def __post_init__(self):
+        if self.parallel.pp != 1:
+            raise ValueError(f"pp={self.parallel.pp}: this loop has no pipeline; use --tp and --dp with pp=1")
 
 # %% ../../nbs/6_training/05_loop.ipynb #753b4c92
 @dataclass(frozen=True)
@@ -175,7 +179,7 @@ class Journal:
         self.run, self.active, self.first = config.run, active, first
         self.tokens = config.run.batch_size * config.model.max_seq_len
         self.path = config.run.out / "metrics.jsonl"
-        self.begun = self.last = time.perf_counter()
+        self.begun = time.perf_counter()
         self.bar = None
         if not active:
             return
@@ -185,16 +189,16 @@ class Journal:
         if sys.stderr.isatty():
             self.bar = tqdm(total=config.run.steps, initial=first, unit="step", dynamic_ncols=True)
 
-    def write(self, step: int, **numbers: float) -> None:
+    def write(self, step: int, seconds: float, **numbers: float) -> None:
         "One step's numbers."
         if not self.active:
             return
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        line = {"step": step, **numbers, "ms": round(1000 * seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
+        line = {"step": step, **numbers, "ms": round(1000 * seconds, 1)}
+        line["tokens_per_s"] = round(self.tokens / seconds)
         with self.path.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
-        left = (now - self.begun) / (step - self.first) * (self.run.steps - step)
+        spent = time.perf_counter() - self.begun
+        left = spent / (step - self.first) * (self.run.steps - step)
         if self.bar is not None:
             self.bar.update()
             self.bar.set_postfix_str(f"loss {numbers['loss']:.3f} norm {numbers['grad_norm']:.2f}")
@@ -204,15 +208,8 @@ class Journal:
                 f"norm {numbers['grad_norm']:.3f}  {line['tokens_per_s']:,} tokens/s  {line['ms']:.0f} ms  "
                 f"ETA {int(left // 60)}:{int(left % 60):02d}"
             )
-
-    def note(self, step: int, **numbers: float) -> None:
-        "Numbers beside the steps, such as the validation loss."
-        if not self.active:
-            return
-        with self.path.open("a") as stream:
-            stream.write(json.dumps({"step": step, **numbers}) + "\n")
-        self.say(f"step {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
-        self.last = time.perf_counter()
+        if "val_loss" in numbers:
+            self.say(f"step {step}  validation loss {numbers['val_loss']:.4f}")
 
     def say(self, text: str) -> None:
         "A line that does not break the bar."
@@ -224,6 +221,12 @@ def read_metrics(run: Path) -> list[dict]:
     "The lines of a run's metrics; none for a new run."
     path = Path(run) / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def validation_losses(lines: list[dict]) -> list[tuple[int, float]]:
+    "Step and validation loss of a run's metrics, from the loss before the first step on."
+    before = [(0, line["val_loss_before"]) for line in lines if "val_loss_before" in line]
+    return before + [(line["step"], line["val_loss"]) for line in lines if "val_loss" in line]
 
 # %% ../../nbs/6_training/05_loop.ipynb #9b750c93
 @contextlib.contextmanager
@@ -278,24 +281,29 @@ def train(
         )
         journal.say(f"saved {folder}")
 
+    numbers = {}
     if start == 0:
-        journal.note(0, val_loss=validation_loss(model, data))
+        numbers["val_loss_before"] = validation_loss(model, data)
+        journal.say(f"step 0  validation loss {numbers['val_loss_before']:.4f}")
     with stop_requested() as asked:
         for step in range(start + 1, run.steps + 1):
             lr = learning_rate(step, run.steps, config.optimizer)
             set_learning_rate(optimizer, lr)
             seed_replica(mix_seed(run.seed, step), groups.dp_rank)
+            begun = time.perf_counter()
             try:
-                loss, norm = train_step(replicas, batches, sampler, optimizer, config, groups)
+                numbers["loss"], numbers["grad_norm"] = train_step(replicas, batches, sampler, optimizer, config, groups)
             except FloatingPointError as error:
                 last = latest_checkpoint(run.out)
                 raise FloatingPointError(
                     f"step {step}: {error}; the weights are those of step {step - 1}, the last checkpoint is "
                     f"{last or 'none'}; lower the learning rate or lengthen the warm-up, and resume"
                 ) from None
-            journal.write(step, loss=loss, lr=lr, grad_norm=norm)
+            seconds = time.perf_counter() - begun
             if step % run.eval_every == 0 or step == run.steps:
-                journal.note(step, val_loss=validation_loss(model, data))
+                numbers["val_loss"] = validation_loss(model, data)
+            journal.write(step, seconds, lr=lr, **numbers)
+            numbers = {}
             stop = _any_rank(bool(asked), device)
             if step % run.save_every == 0 or step == run.steps or stop:
                 save(step)
@@ -322,10 +330,11 @@ def plot_metrics(
     lines = read_metrics(run)
     figure = Figure(figsize=(6.4, 3.6), layout="tight")
     ax = figure.subplots()
-    for name, style in (("loss", {"alpha": 0.7, "label": "training"}), ("val_loss", {"marker": "o", "label": "validation"})):
-        points = [(line["step"], line[name]) for line in lines if name in line]
-        if points:
-            ax.plot(*zip(*points, strict=True), **style)
+    steps = [line["step"] for line in lines]
+    ax.plot(steps, [line["loss"] for line in lines], alpha=0.7, label="training")
+    held_out = validation_losses(lines)
+    if held_out:
+        ax.plot(*zip(*held_out, strict=True), marker="o", label="validation")
     ax.set_xlabel("step")
     ax.set_ylabel("loss (nats a token)")
     ax.legend(frameon=False)
