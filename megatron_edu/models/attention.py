@@ -21,7 +21,8 @@ from ..tensor_parallel.shard import check_divides
 class Attention(nn.Module):
     """Causal self-attention whose heads are split over `group` (paper, section 3, figure 3b).
 
-    Forward: one all-reduce (g). Backward: one all-reduce (f). Raises `ValueError` if the heads do not divide.
+    Forward: one all-reduce (g). Backward: one all-reduce (f). Raises `ValueError` if the heads do not
+    divide among the ranks.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class Attention(nn.Module):
         check_divides("num_heads", config.num_heads, group_size(group))
         self.config = config
         self.group = group
-        self.qkv = ColumnParallelLinear(config.hidden_size, 3 * config.hidden_size, group=group, blocks=3)
-        self.proj = RowParallelLinear(config.hidden_size, config.hidden_size, group=group)
+        h = config.hidden_size
+        self.qkv = ColumnParallelLinear(h, 3 * h, group=group, blocks=3)
+        self.proj = RowParallelLinear(h, h, group=group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:             # (b, s, h) -> (b, s, h)
         "Every position looks at itself and those before it, in this rank's heads."

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..comm import group_size
-from ..config import GPT2Config
+from ..config import GPT2Config, round_up
 from .block import Block
 from ..reference.gpt2 import initial_weights, token_weights
 from ..tensor_parallel.embedding import VocabParallelEmbedding
@@ -22,11 +22,21 @@ from ..tensor_parallel.linear import column_linear
 from ..tensor_parallel.shard import shard_state_dict
 
 # %% ../../nbs/4_models/04_gpt2.ipynb #3cc0e3b1
-class GPT2(nn.Module):
-    """GPT-2 split over a tensor-parallel group: the same names, and the same full weights, as the reference.
+def _check_vocabulary(config: GPT2Config, size: int) -> None:
+    "Raise `ValueError` with what to change if the padded vocabulary does not divide among the ranks."
+    rows = config.padded_vocab_size
+    if rows % size:
+        raise ValueError(
+            f"padded_vocab_size={rows} does not divide among {size} tensor-parallel ranks; the next "
+            f"that does is {round_up(rows, size)}: set vocab_multiple to a multiple of {size}"
+        )
 
-    The initial weights depend on `config` and `seed` alone, never on the number of ranks. Raises `ValueError` if
-    heads, feed-forward size or padded vocabulary do not divide by the ranks.
+# %% ../../nbs/4_models/04_gpt2.ipynb #6cefd0e0
+class GPT2(nn.Module):
+    """GPT-2 split over a tensor-parallel group, with the names and the full weights of the reference.
+
+    The initial weights depend on `config` and `seed` alone, never on the number of ranks. Raises
+    `ValueError` if heads, feed-forward size or padded vocabulary do not divide among the ranks.
     """
 
     def __init__(
@@ -40,6 +50,7 @@ class GPT2(nn.Module):
         self.config = config
         self.group = group
         h = config.hidden_size
+        _check_vocabulary(config, group_size(group))
         self.wte = VocabParallelEmbedding(
             config.padded_vocab_size, h, group=group, vocab_size=config.vocab_size
         )
@@ -52,11 +63,12 @@ class GPT2(nn.Module):
         self,
         input_ids: torch.Tensor,        # (b, s) token ids
     ) -> torch.Tensor:                  # (b, s, h), equal on every rank
-        "What the output layer reads. Raises `ValueError` for ids outside the vocabulary and too long a sequence."
+        "What the output layer reads. Raises `ValueError` for unknown ids and for too long a sequence."
         length = input_ids.shape[1]
         if length > self.config.max_seq_len:
             raise ValueError(
-                f"a sequence of {length} tokens is longer than max_seq_len={self.config.max_seq_len}; "
+                f"a sequence of {length} tokens is longer than "
+                f"max_seq_len={self.config.max_seq_len}: "
                 f"cut it, or build the model with a larger max_seq_len"
             )
         x = self.wte(input_ids) + self.wpe.weight[:length]          # (b, s, h)
@@ -70,7 +82,7 @@ class GPT2(nn.Module):
         self,
         input_ids: torch.Tensor,        # (b, s) token ids
     ) -> torch.Tensor:                  # (b, s, v padded/tp): this rank's columns of the logits
-        "Local logits of the token after each position. Columns whose id is at or above `vocab_size` are padding."
+        "Local logits of the token after each position. Ids from `vocab_size` on are padding."
         return self.logits(self.hidden_states(input_ids))
 
     def logits(
@@ -85,10 +97,10 @@ class GPT2(nn.Module):
     def loss(
         self,
         input_ids: torch.Tensor,                    # (b, s) token ids
-        labels: torch.Tensor,                       # (b, s) the id that follows each position; -100: not counted
-        loss_mask: torch.Tensor | None = None,      # (b, s) weight of each position; None: 1 everywhere
+        labels: torch.Tensor,                       # (b, s) the id that follows; -100: not counted
+        loss_mask: torch.Tensor | None = None,      # (b, s) weight of each position; None: all 1
         *,
-        num_tokens: torch.Tensor | float | None = None,  # divide by this instead of the weights' sum
+        num_tokens: torch.Tensor | float | None = None,     # divisor; None: sum of the weights
     ) -> torch.Tensor:                              # scalar, equal on every rank
         "Mean cross-entropy over the counted tokens, in nats, without ever holding all logits."
         weights = token_weights(labels, loss_mask)

@@ -11,14 +11,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ..comm import group_size
 from ..config import GPT2Config
 from ..tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from ..tensor_parallel.shard import check_divides
 
 # %% ../../nbs/4_models/01_mlp.ipynb #b87c7a98
 class MLP(nn.Module):
     """Two linear layers with a GELU between them, split over `group` (paper, section 3, figure 3a).
 
-    Forward: one all-reduce (g). Backward: one all-reduce (f).
+    Forward: one all-reduce (g). Backward: one all-reduce (f). Raises `ValueError` if the
+    feed-forward size does not divide among the ranks.
     """
 
     def __init__(
@@ -27,6 +30,7 @@ class MLP(nn.Module):
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
     ):
         super().__init__()
+        check_divides("ffn_hidden_size", config.ffn_size, group_size(group))
         self.config = config
         self.up = ColumnParallelLinear(config.hidden_size, config.ffn_size, group=group)
         self.down = RowParallelLinear(config.ffn_size, config.hidden_size, group=group)

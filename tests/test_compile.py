@@ -1,0 +1,47 @@
+"""`torch.compile` of the model on one device and on two ranks gives what eager mode gives."""
+
+import shutil
+
+import pytest
+import torch
+from gpt2_cases import batch, config, groups, pair
+
+TINY = config(num_layers=1, hidden_size=16, num_heads=2, vocab_size=29, vocab_multiple=32)
+BACKEND = "inductor" if any(map(shutil.which, ("c++", "g++", "clang++"))) else "aot_eager"
+
+
+# Compiling C++ takes far longer than running it, so the model is as small as can be.
+def loss_and_gradients(model, loss, data):
+    model.zero_grad()
+    value = loss(*data)
+    value.backward()
+    return value.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def compare(tp, backend, device):
+    "Largest differences between eager and compiled, and how many graphs were compiled."
+    model, _ = pair(TINY, groups(tp, 1, device).tp_group, torch.float32, device)
+    data = batch(TINY, rows=2, device=device)
+    data = (*data[:2], data[2].float())
+    graphs = []
+    compiler = torch._dynamo.lookup_backend(backend)
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return compiler(graph, inputs)
+
+    want, want_gradients = loss_and_gradients(model, model.loss, data)
+    with torch._inductor.config.patch(compile_threads=1):
+        compiled = torch.compile(model.loss, backend=counting)
+        got, gradients = loss_and_gradients(model, compiled, data)
+    errors = [(gradients[n] - g).abs().max().item() for n, g in want_gradients.items()]
+    torch._dynamo.reset()
+    return abs(got - want), max(errors), len(graphs)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_compiled_equals_eager(ranks, device, tp):
+    for loss, gradients, graphs in ranks(tp)(compare, tp, BACKEND, device):
+        assert loss < 1e-5
+        assert gradients < 1e-5
+        assert graphs > 0
