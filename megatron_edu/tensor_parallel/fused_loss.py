@@ -17,6 +17,24 @@ from .cross_entropy import check_targets, row_losses
 CHUNK = 512     # rows of logits that exist at one time
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #1735190e
+def _chunk_loss(x, weight, targets, weights, group, vocab_size, grad_x, grad_weight):
+    "Weighted loss of a few rows. Fills their `grad_x` and adds to `grad_weight`, unless these are None."
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    logits = (x @ weight.t()).to(wide)                          # (n, v/t), gone when this returns
+    losses, total, column, own = row_losses(logits, targets, group, vocab_size)
+    weights = weights.to(wide)
+    if grad_x is not None:
+        logits.mul_((weights / total)[:, None])                 # from here on: the logits' gradient
+        logits.scatter_add_(1, column[:, None], -(weights * own)[:, None])
+        grad_logits = logits.to(x.dtype)
+        torch.mm(grad_logits, weight, out=grad_x)
+        if wide == x.dtype:
+            grad_weight.addmm_(grad_logits.t(), x)
+        else:
+            grad_weight += grad_logits.t() @ x
+    return (losses * weights).sum()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, weights, group, vocab_size, need_gradients):
@@ -26,19 +44,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = x.new_zeros((), dtype=wide)
         for start in range(0, len(x), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = (x[rows] @ weight.t()).to(wide)            # (n, v/t), alive for this turn only
-            losses, total, column, own = row_losses(logits, targets[rows], group, vocab_size)
-            w = weights[rows].to(wide)
-            loss += (losses * w).sum()
-            if need_gradients:
-                logits.mul_((w / total)[:, None])               # from here on: the logits' gradient
-                logits.scatter_add_(1, column[:, None], -(w * own)[:, None])
-                grad_logits = logits.to(x.dtype)
-                torch.mm(grad_logits, weight, out=grad_x[rows])
-                if wide == x.dtype:
-                    grad_weight.addmm_(grad_logits.t(), x[rows])
-                else:
-                    grad_weight += grad_logits.t() @ x[rows]
+            loss += _chunk_loss(
+                x[rows], weight, targets[rows], weights[rows], group, vocab_size,
+                grad_x[rows] if need_gradients else None, grad_weight,
+            )
         ctx.group = group
         ctx.save_for_backward(grad_x, grad_weight)
         return loss
