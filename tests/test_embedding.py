@@ -209,7 +209,7 @@ def test_rows_that_do_not_divide(ranks, tp):
 def test_vocabulary_that_does_not_fit(ranks, tp, vocab_size):
     "Ids without a row would be silent zero rows on several ranks."
     for said in ranks(tp)(build, tp, PADDED, vocab_size):
-        assert f"vocab_size={vocab_size} is not from 1 to num_embeddings={PADDED}" in said
+        assert f"vocab_size={vocab_size} is not from 1 to {PADDED}" in said
 
 
 def test_one_device_makes_no_collective():

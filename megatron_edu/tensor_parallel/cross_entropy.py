@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from ..comm import all_reduce, group_rank, group_size
-from .embedding import check_ids
+from .embedding import check_ids, check_vocab_size
 
 # %% ../../nbs/3_layers/05_cross_entropy.ipynb #24040149
 def own_columns(
@@ -88,11 +88,7 @@ def check_targets(
             f"targets have shape {tuple(targets.shape)}, but there are logits for {tuple(rows)}; "
             f"pass one target for each row of logits"
         )
-    if not 0 < vocab_size <= columns:
-        raise ValueError(
-            f"vocab_size={vocab_size} is not from 1 to {columns}, the columns of all ranks together; "
-            f"pass the number of ids the tokenizer has"
-        )
+    check_vocab_size(vocab_size, columns)
     check_ids(targets, vocab_size, "target id", remedy)
 
 # %% ../../nbs/3_layers/05_cross_entropy.ipynb #36e6d907
