@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'VERBS', 'TrainArguments', 'preset_arguments', 'run_training', 'train_command', 'PrepareArguments',
-           'prepare_command', 'GenerateArguments', 'generate_command', 'generate_on_rank', 'demo_command', 'usage',
-           'main']
+           'prepare_command', 'GenerateArguments', 'generate_command', 'generate_on_rank', 'ConvertArguments',
+           'convert_command', 'bench_command', 'demo_command', 'usage', 'main']
 
 # %% ../nbs/7_using/03_cli.ipynb #48b11a34
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -21,10 +21,12 @@ from .data.token_file import TokenFile
 from .data.tokenizer import load_tokenizer
 from .demo import DemoConfig, demo, train_from_folder
 from .generate import SamplingConfig, generate
+from .interop.huggingface import load_huggingface, save_huggingface
 from .mesh import ParallelDims, ParallelGroups
 from .prepare import TOKENIZER, TOKENS, find_token_file, prepare
 from .ranks import RankError
-from .training.checkpoint import latest_checkpoint, load_model
+from .scaling.bench import BenchConfig, bench
+from .training.checkpoint import latest_checkpoint, load_model, save_checkpoint
 from .training.launch import launch
 from .training.loop import RunConfig, TrainConfig
 from .training.optimizer import OptimizerConfig
@@ -150,6 +152,31 @@ def _quiet(text: str) -> None:
     "For output that is text and nothing else."
 
 # %% ../nbs/7_using/03_cli.ipynb #fb44a9c0
+@dataclass(frozen=True)
+class ConvertArguments:
+    "Write a model in another library's format, or read one."
+
+    source: Annotated[Path, tyro.conf.arg(name="from")]     # a run, a checkpoint of it, or a transformers folder
+    to: Path                                                # folder to write; must be new or empty
+    format: Literal["huggingface", "megatron_edu"] = "huggingface"  # what to write
+
+
+def convert_command(args: list[str]) -> None:
+    "The verb `convert`."
+    given = _parse(ConvertArguments, args, prog="megatron-edu convert")
+    if given.format == "huggingface":
+        save_huggingface(load_model(latest_checkpoint(given.source) or given.source), given.to)
+        print(f"wrote {given.to}; read it with GPT2LMHeadModel.from_pretrained({str(given.to)!r})")
+    else:
+        folder = save_checkpoint(given.to, 0, load_huggingface(given.source))
+        print(f"wrote {folder}; read it with megatron_edu.training.checkpoint.load_model({str(folder)!r})")
+
+# %% ../nbs/7_using/03_cli.ipynb #c80388dd
+def bench_command(args: list[str]) -> None:
+    "The verb `bench`."
+    bench(_parse(BenchConfig, args, prog="megatron-edu bench"))
+
+
 def demo_command(args: list[str]) -> None:
     "The verb `demo`."
     demo(_parse(DemoConfig, args, prog="megatron-edu demo"))
@@ -166,6 +193,8 @@ VERBS = {
     "prepare": (prepare_command, "turn text into a token file"),
     "train": (train_command, "train a GPT-2 on text or on a token file"),
     "generate": (generate_command, "continue a prompt with a trained model"),
+    "convert": (convert_command, "exchange weights with transformers"),
+    "bench": (bench_command, "time the library against other ways to write the same step"),
 }
 
 
