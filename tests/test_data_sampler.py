@@ -1,0 +1,198 @@
+"Who reads which batch: the same samples for every grid of ranks, and one reader in each tp group."
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_edu.comm import Ledger
+from megatron_edu.data.gpt2 import GPT2Samples
+from megatron_edu.data.sampler import BatchSampler, broadcast_batch
+from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+from megatron_edu.mesh import ParallelDims
+from megatron_edu.ranks import RankError
+
+VOCAB = 997
+
+
+def steps_of(num_samples, global_batch, micro_batch, dp, consumed=0) -> list[list[int]]:
+    "Samples of each step, put together from all data-parallel ranks."
+    sizes = num_samples, global_batch, micro_batch
+    samplers = [BatchSampler(*sizes, rank, dp, consumed) for rank in range(dp)]
+    lists = [list(sampler) for sampler in samplers]
+    per_step = samplers[0].micro_batches
+    steps = []
+    for k in range(0, len(lists[0]), per_step):
+        steps.append([i for batches in lists for batch in batches[k : k + per_step] for i in batch])
+    return steps
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3])
+@pytest.mark.parametrize("dp", [1, 2, 3, 4])
+def test_a_step_uses_the_same_samples_for_every_grid(dp, micro_batch):
+    steps = steps_of(150, 72, micro_batch, dp)
+    assert steps == [list(range(72)), list(range(72, 144))]
+
+
+def test_sizes_of_what_is_handed_out():
+    sampler = BatchSampler(100, 24, 3, dp_rank=1, dp_size=4)
+    assert sampler.micro_batches == 2 and len(sampler) == 4 * 2
+    batches = list(sampler)
+    assert [len(batch) for batch in batches] == [3] * 8
+    assert batches[:2] == [[6, 7, 8], [9, 10, 11]]
+    assert len(sampler) == 0 and list(sampler) == []
+
+
+@pytest.mark.parametrize("stop", range(6))
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 2), (2, 2)])
+def test_a_run_goes_on_on_any_grid(stop, before, after):
+    first = BatchSampler(50, 8, 2, 0, before)
+    stream = iter(first)
+    for _ in range(stop * first.micro_batches):
+        next(stream)
+    state = first.state_dict()
+    assert state == {"consumed": 8 * stop}
+    for rank in range(after):
+        sampler = BatchSampler(50, 8, 2, rank, after)
+        sampler.load_state_dict(state)
+        assert list(sampler) == list(BatchSampler(50, 8, 2, rank, after, consumed=8 * stop))
+    rest = steps_of(50, 8, 2, after, consumed=8 * stop)
+    assert rest == steps_of(50, 8, 2, 1)[stop:]
+
+
+def test_a_step_that_was_broken_off_is_repeated():
+    sampler = BatchSampler(40, 8, 2)
+    stream = iter(sampler)
+    for _ in range(4 + 3):
+        next(stream)
+    assert sampler.state_dict() == {"consumed": 8}
+    next(stream)
+    assert sampler.state_dict() == {"consumed": 16}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((1000, 50, 4, 0, 4), "global_batch 50 .* of 4 on 4 .* multiple of 16; use 48 or 64"),
+        ((1000, 3, 4, 0, 1), "multiple of 4; use 4$"),
+        ((10, 32, 4, 0, 1), "10 samples do not fill one global batch of 32"),
+        ((100, 8, 0, 0, 1), "micro_batch 0"),
+        ((100, 0, 1, 0, 1), "global_batch 0"),
+        ((100, 8, 2, 2, 2), "rank 2 of 2"),
+        ((100, 8, 2, -1, 2), "rank -1 of 2"),
+        ((100, 8, 2, 0, 1, -8), "-8 samples are consumed, of 100"),
+        ((100, 8, 2, 0, 1, 101), "101 samples are consumed, of 100"),
+    ],
+)
+def test_sizes_that_cannot_work_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        BatchSampler(*sizes)
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> GPT2Samples:
+    prefix = tmp_path_factory.mktemp("tokens") / "x"
+    chance = np.random.default_rng(0)
+    with TokenFileWriter(prefix, VOCAB) as writer:
+        for size in chance.integers(1, 50, size=60):
+            writer.append(chance.integers(0, VOCAB, size=size))
+            writer.end_document()
+    return GPT2Samples(TokenFile(prefix), seq_len=12, num_samples=200, seed=3)
+
+
+def two_steps(samples, dims, device):
+    "Batches of this rank over two steps, the samples it read itself, and its ledger."
+    groups = dims.build(device)
+    sampler = BatchSampler(len(samples), 8, 2, groups.dp_rank, dims.dp)
+    batches, read = [], 0
+    with Ledger() as ledger:
+        for _, indices in zip(range(2 * sampler.micro_batches), sampler):
+            batch = samples.batch(indices) if groups.tp_rank == 0 else None
+            read += len(indices) * (batch is not None)
+            batches.append(
+                broadcast_batch(
+                    batch, groups.tp_group, shape=(2, 12), vocab_size=VOCAB, device=device
+                )
+            )
+    both = {k: torch.cat([batch[k] for batch in batches]).cpu() for k in ("input_ids", "labels")}
+    counts = ledger.count("broadcast", axis="tp"), ledger.elements("broadcast"), ledger.count()
+    return groups.tp_rank, groups.dp_rank, read, both, counts
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1), (1, 4), (4, 1), (2, 2)])
+def test_every_grid_trains_on_the_same_samples(ranks, device, samples, tp, dp):
+    results = ranks(tp * dp)(two_steps, samples, ParallelDims(tp=tp, dp=dp), device)
+    micro_batches = 2 * 8 // (2 * dp)
+    for tp_rank, dp_rank, read, both, counts in results:
+        first, size = dp_rank * 8 // dp, 8 // dp
+        share = [*range(first, first + size), *range(8 + first, 8 + first + size)]
+        expected = samples.batch(share)
+        assert torch.equal(both["input_ids"], expected["input_ids"])
+        assert torch.equal(both["labels"], expected["labels"])
+        assert read == (len(share) if tp_rank == 0 else 0)
+        messages = 0 if tp == 1 else micro_batches
+        assert counts == (messages, messages * 2 * 2 * 12, messages)
+
+
+def good_batch(dtype=torch.int64) -> dict[str, torch.Tensor]:
+    rows = torch.arange(10, dtype=dtype).view(2, 5)
+    return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
+
+
+def spoiled(name: str, token: int) -> dict[str, torch.Tensor]:
+    batch = {key: ids.clone() for key, ids in good_batch().items()}
+    batch[name][1, 2] = token
+    return batch
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+@pytest.mark.parametrize("token", [-1, 10, -100])
+def test_ids_outside_the_vocabulary_are_refused(name, token):
+    batch = spoiled(name, token)
+    if (name, token) == ("labels", -100):
+        kept = broadcast_batch(batch, None, shape=(2, 4), vocab_size=10)
+        assert torch.equal(kept["labels"], batch["labels"])
+        return
+    message = f"{name} holds token id {token}; a vocabulary of 10 has 0 to 9"
+    with pytest.raises(ValueError, match=message):
+        broadcast_batch(batch, None, shape=(2, 4), vocab_size=10)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_bad_id_stops_every_rank_of_the_group(ranks, tp, device):
+    def feed(dims, batch):
+        groups = dims.build(device)
+        mine = batch if groups.tp_rank == 0 else None
+        return broadcast_batch(mine, groups.tp_group, shape=(2, 4), vocab_size=10, device=device)
+
+    world, dims = ranks(tp), ParallelDims(tp=tp)
+    with pytest.raises(RankError, match="input_ids holds token id 10; a vocabulary of 10"):
+        world(feed, dims, spoiled("input_ids", 10))
+    after = world(feed, dims, good_batch())
+    assert all(torch.equal(batch["labels"].cpu(), good_batch()["labels"]) for batch in after)
+
+
+@pytest.mark.parametrize("tp", [2])
+def test_a_batch_of_small_integers_arrives_as_it_was(ranks, tp, device):
+    def feed(dims, batch):
+        groups = dims.build(device)
+        mine = batch if groups.tp_rank == 0 else None
+        return broadcast_batch(mine, groups.tp_group, shape=(2, 4), vocab_size=10, device=device)
+
+    for batch in ranks(tp)(feed, ParallelDims(tp=tp), good_batch(torch.int32)):
+        assert batch["input_ids"].dtype == torch.int64
+        assert torch.equal(batch["input_ids"].cpu(), good_batch()["input_ids"])
+
+
+def test_a_batch_of_another_shape_is_refused():
+    message = re.escape("input_ids of shape (2, 4); a batch of this step has (2, 5)")
+    with pytest.raises(ValueError, match=message):
+        broadcast_batch(good_batch(), None, shape=(2, 5), vocab_size=10)
+
+
+def test_one_rank_makes_no_message():
+    with Ledger() as ledger:
+        batch = broadcast_batch(good_batch(), None, shape=(2, 4), vocab_size=10)
+    assert ledger.count() == 0
+    assert torch.equal(batch["input_ids"], good_batch()["input_ids"])

@@ -1,0 +1,207 @@
+"GPT samples against a walk through the stream in plain Python, and what the order must promise."
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_edu.data.gpt2 import GPT2Samples, split_documents
+from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+
+
+def numbered_file(prefix, sizes) -> TokenFile:
+    "Documents of these sizes; the tokens are 0, 1, 2, ... so that each says where it stands."
+    start = 0
+    with TokenFileWriter(prefix, 60_000) as writer:
+        for size in sizes:
+            writer.append(range(start, start + size))
+            writer.end_document()
+            start += size
+    return TokenFile(prefix)
+
+
+def random_file(prefix, seed: int) -> TokenFile:
+    chance = np.random.default_rng(seed)
+    return numbered_file(prefix, chance.integers(0, 9, size=40))
+
+
+def rows_of(samples: GPT2Samples) -> np.ndarray:
+    "All samples, (num_samples, s + 1), from inputs and labels."
+    batch = samples.batch(range(len(samples)))
+    return torch.cat([batch["input_ids"], batch["labels"][:, -1:]], dim=1).numpy()
+
+
+def epochs_of(samples: GPT2Samples, file: TokenFile, per_epoch: int) -> list[list[int]]:
+    order = samples.index.documents.reshape(-1, per_epoch)
+    return [[token for d in row for token in file[int(d)].tolist()] for row in order]
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seq_len", [1, 3, 16])
+def test_samples_are_what_a_walk_through_the_stream_gives(tmp_path, seed, seq_len):
+    file = random_file(tmp_path / "x", seed)
+    epoch = (file.num_tokens - 1) // seq_len
+    samples = GPT2Samples(file, seq_len, num_samples=2 * epoch + epoch // 2 + 1, seed=seed)
+    epochs = epochs_of(samples, file, len(file))
+    assert all(sorted(tokens) == list(range(file.num_tokens)) for tokens in epochs)
+    stream = [token for tokens in epochs for token in tokens]
+    cut = [stream[k : k + seq_len + 1] for k in range(0, len(stream) - seq_len, seq_len)]
+    rows = rows_of(samples).tolist()
+    assert [cut[k] for k in samples.index.shuffle] == rows
+    done = 0
+    for e in range(len(epochs)):
+        ready = ((e + 1) * file.num_tokens - 1) // seq_len      # samples that epochs 0..e complete
+        block = samples.index.shuffle[done:ready]
+        assert len(set(block)) == len(block)
+        if len(samples) >= ready:
+            assert sorted(block) == list(range(done, ready))
+        done = ready
+
+
+def test_neighbours_share_one_token_and_every_label_comes_once(tmp_path):
+    file = random_file(tmp_path / "x", 1)
+    samples = GPT2Samples(file, seq_len=5)
+    rows = rows_of(samples)
+    in_order = rows[np.argsort(samples.index.shuffle)]
+    assert np.array_equal(in_order[:-1, -1], in_order[1:, 0])
+    labels = in_order[:, 1:].reshape(-1)
+    assert len(set(labels)) == len(labels) == (file.num_tokens - 1) // 5 * 5
+
+
+def test_labels_are_inputs_one_token_on(tmp_path):
+    samples = GPT2Samples(random_file(tmp_path / "x", 2), seq_len=7)
+    batch = samples.batch([0, 3])
+    assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, 7)
+    assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+    for name, rows in samples[3].items():
+        assert torch.equal(rows, batch[name][1])
+
+
+def test_both_orders_are_shuffled(tmp_path):
+    samples = GPT2Samples(numbered_file(tmp_path / "x", [9] * 50), 4, num_samples=300)
+    first, second = samples.index.documents[:50], samples.index.documents[50:100]
+    assert not np.array_equal(first, np.sort(first))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(samples.index.shuffle, np.sort(samples.index.shuffle))
+
+
+def test_the_seed_fixes_everything_in_any_process(tmp_path):
+    file = random_file(tmp_path / "x", 3)
+    rows = rows_of(GPT2Samples(file, 4, 100, seed=5))
+    assert np.array_equal(rows, rows_of(GPT2Samples(TokenFile(file.prefix), 4, 100, seed=5)))
+    assert not np.array_equal(rows, rows_of(GPT2Samples(file, 4, 100, seed=6)))
+    program = (
+        "import sys; from megatron_edu.data.gpt2 import GPT2Samples;"
+        "from megatron_edu.data.token_file import TokenFile;"
+        "samples = GPT2Samples(TokenFile(sys.argv[1]), 4, 100, seed=5);"
+        "print(samples.batch(range(100))['labels'].tolist())"
+    )
+    command = [sys.executable, "-c", program, str(file.prefix)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout.strip() == str(rows[:, 1:].tolist()), result.stderr
+
+
+def test_the_order_of_old_checkpoints_stays(tmp_path):
+    "A resumed run counts on these numbers: they must not change with the library or with numpy."
+    samples = GPT2Samples(numbered_file(tmp_path / "x", [3, 4, 5]), 2, num_samples=8, seed=1)
+    assert samples.index.documents.tolist() == [0, 1, 2, 2, 0, 1]
+    assert samples.index.shuffle.tolist() == [1, 4, 0, 3, 2, 7, 6, 5]
+
+
+@pytest.mark.parametrize("short", [1, 40, 71, 200])
+def test_a_longer_run_begins_with_a_shorter_one(tmp_path, short):
+    file = random_file(tmp_path / "x", 4)
+    long = GPT2Samples(file, 4, num_samples=500, seed=2)
+    assert np.array_equal(rows_of(GPT2Samples(file, 4, short, seed=2)), rows_of(long)[:short])
+
+
+def test_nothing_comes_twice_before_all_came_once(tmp_path):
+    file = numbered_file(tmp_path / "x", [8] * 30)
+    samples = GPT2Samples(file, 8, num_samples=75)
+    labels = rows_of(samples)[:, 1:]
+    epoch = (file.num_tokens - 1) // 8
+    assert len(np.unique(labels[:epoch])) == 8 * epoch
+    counts = np.bincount(labels.reshape(-1), minlength=file.num_tokens)
+    assert counts.max() <= 3 and counts.min() >= 1
+
+
+def test_a_range_of_documents_is_a_corpus_of_its_own(tmp_path):
+    file = numbered_file(tmp_path / "x", [5, 6, 7, 8, 9])
+    part = GPT2Samples(file, 3, num_samples=30, documents=range(1, 4))
+    assert set(rows_of(part).reshape(-1)) <= set(range(5, 26))
+    alone = GPT2Samples(file, 3, documents=range(2, 3))
+    assert sorted(rows_of(alone).tolist()) == [[11, 12, 13, 14], [14, 15, 16, 17]]
+
+
+def test_documents_of_several_sequences(tmp_path):
+    with TokenFileWriter(tmp_path / "x", 100) as writer:
+        for document in ([[1, 2], [3]], [[4, 5], [6, 7, 8]]):
+            for sequence in document:
+                writer.append(sequence)
+                writer.end_sequence()
+            writer.end_document()
+    samples = GPT2Samples(TokenFile(tmp_path / "x"), 2, documents=range(1, 2))
+    assert sorted(rows_of(samples).tolist()) == [[4, 5, 6], [6, 7, 8]]
+
+
+def test_the_arrays_of_a_large_corpus_are_built_in_a_moment(tmp_path):
+    sizes = np.random.default_rng(0).integers(1, 200, size=1_000_000)
+    ends = np.append(0, np.cumsum(sizes))
+
+    class Large:
+        prefix = "large"
+        document_starts = ends
+
+    samples = GPT2Samples(Large(), 128, num_samples=1_500_000)
+    k = 1_234_567
+    place, offset = samples.index.starts[k]
+    read = sizes[samples.index.documents]
+    assert read[:place].sum() + offset == k * 128 and offset < read[place]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seq_len": 20}, "3 documents hold 20 tokens; a sample of seq_len 20 takes 21.*1 to 19"),
+        ({"seq_len": 0}, "a sample of seq_len 0"),
+        ({"seq_len": 4, "num_samples": 0}, "num_samples 0; it must be 1 or more"),
+        ({"seq_len": 4, "documents": range(2, 4)}, r"documents range\(2, 4\) of 3"),
+        ({"seq_len": 4, "documents": range(0, 3, 2)}, "step 1"),
+        ({"seq_len": 4, "documents": range(1, 1)}, "0 documents hold 0 tokens"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, options, message):
+    file = numbered_file(tmp_path / "x", [5, 6, 9])
+    with pytest.raises(ValueError, match=message):
+        GPT2Samples(file, **options)
+    assert len(GPT2Samples(file, 19)) == 1
+
+
+@pytest.mark.parametrize("i", [-1, 4])
+def test_a_sample_that_is_not_there(tmp_path, i):
+    samples = GPT2Samples(numbered_file(tmp_path / "x", [20]), 4)
+    with pytest.raises(IndexError, match=f"sample {i} of 4"):
+        samples[i]
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 100, 1001])
+@pytest.mark.parametrize("fractions", [(0.97, 0.03), (0.5, 0.5), (1.0, 0.0), (0.0, 0.97, 0.03)])
+def test_a_split_has_every_document_once(count, fractions):
+    parts = split_documents(count, fractions)
+    assert [document for part in parts for document in part] == list(range(count))
+    for part, fraction in zip(parts, fractions):
+        assert abs(len(part) - fraction * count) <= 1
+        assert (len(part) > 0) == (fraction > 0)
+
+
+def test_a_split_that_cannot_be_made():
+    assert split_documents(3, (0.01, 0.01, 0.98)) == [range(0, 1), range(1, 2), range(2, 3)]
+    with pytest.raises(ValueError, match="1 documents cannot be split in 2 parts"):
+        split_documents(1, (0.97, 0.03))
+    with pytest.raises(ValueError, match=r"sum to 0.9; .*the sum must be 1"):
+        split_documents(10, (0.8, 0.1))
+    with pytest.raises(ValueError, match="none may be negative"):
+        split_documents(10, (1.1, -0.1))
