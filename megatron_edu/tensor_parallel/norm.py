@@ -6,47 +6,56 @@
 __all__ = ['grad_norm', 'clip_grad_norm']
 
 # %% ../../nbs/3_layers/08_norm.ipynb #2b5f691d
+import functools
+
 import torch
 from torch import nn
 
 from ..comm import all_reduce
 from .shard import placements
 
-# %% ../../nbs/3_layers/08_norm.ipynb #50f048ee
-def _sum_of_squares(gradients: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+# %% ../../nbs/3_layers/08_norm.ipynb #f07a1c16
+def _sum_of_squares(
+    gradients: list[torch.Tensor],
+    zero: torch.Tensor,             # scalar of the type to add up in
+) -> torch.Tensor:                  # scalar
     "Over all elements of all tensors; 0 for none."
     if not gradients:
-        return torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-    norms = torch.stack(torch._foreach_norm(gradients))
-    return norms.to(torch.promote_types(norms.dtype, torch.float32)).square().sum()
+        return zero
+    return torch.stack(torch._foreach_norm(gradients, 2, dtype=zero.dtype)).square().sum()
 
 
 def grad_norm(
     model: nn.Module,
-) -> torch.Tensor:      # scalar, equal on every rank
-    """2-norm of the gradient of the whole model: sharded parameters of all ranks, replicated ones counted once.
+) -> torch.Tensor:      # scalar, equal on every rank; at least float32
+    """2-norm of the whole model's gradient: sharded parameters of all ranks, replicated ones once.
 
-    One all-reduce of one element over the tensor-parallel group (paper, 4.2: global gradient-norm clipping).
+    One all-reduce of one element over the tensor-parallel group (paper, 4.2: global gradient norm
+    clipping). Parameters without a gradient count 0.
     """
     sharded, replicated, group = [], [], None
-    for (_, place), parameter in zip(placements(model).items(), model.parameters(), strict=True):
-        if parameter.grad is None:
-            continue
-        if place.rule is None:
-            replicated.append(parameter.grad)
-        else:
-            sharded.append(parameter.grad)
-            group = place.group
-    like = next(model.parameters())
-    total = all_reduce(_sum_of_squares(sharded, like), group) + _sum_of_squares(replicated, like)
+    for place, parameter in zip(placements(model).values(), model.parameters(), strict=True):
+        group = group or place.group
+        if parameter.grad is not None:
+            (replicated if place.rule is None else sharded).append(parameter.grad)
+    dtypes = (p.dtype for p in model.parameters())
+    wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+    zero = torch.zeros((), dtype=wide, device=next(model.parameters()).device)
+    total = all_reduce(_sum_of_squares(sharded, zero), group) + _sum_of_squares(replicated, zero)
     return total.sqrt()
 
-# %% ../../nbs/3_layers/08_norm.ipynb #a2da5242
+# %% ../../nbs/3_layers/08_norm.ipynb #4b1e1142
 def clip_grad_norm(
     model: nn.Module,
-    max_norm: float,        # the largest norm allowed, above 0
-) -> torch.Tensor:          # scalar: the norm before clipping
-    "Scale all gradients by max_norm / (norm + 1e-6) where that is below 1. Every rank scales by the same number."
+    max_norm: float,        # the largest norm allowed, above 0; infinite: measure, change nothing
+) -> torch.Tensor:          # scalar, equal on every rank: the norm before clipping
+    """Scale all gradients by max_norm / (norm + 1e-6) where that is below 1, in place.
+
+    Every rank scales by the same number. A norm that is no number makes every gradient NaN: check
+    the returned norm, or the loss. Raises `ValueError` if `max_norm` is not above 0.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm}: must be above 0; use float('inf') for no clipping")
     norm = grad_norm(model)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
