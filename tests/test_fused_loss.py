@@ -339,25 +339,6 @@ def test_memory_is_one_chunk_of_logits():
     assert 512 * v * 4 < peak(fused) < 1.2 * 512 * v * 4
 
 
-def second_derivative(tp, device, x, weight, targets, weights):
-    x, weight = x.to(device).requires_grad_(), weight.chunk(tp)[rank_of(tp)].to(device)
-    loss = linear_cross_entropy(
-        x, weight, targets.to(device), weights.to(device), group=group_of(tp), vocab_size=VOCAB
-    )
-    (gradient,) = torch.autograd.grad(loss.square(), x, create_graph=True)
-    try:
-        gradient.sum().backward()
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize("tp", [1, 2])
-def test_no_silent_second_derivative(ranks, device, tp):
-    for said in ranks(tp)(second_derivative, tp, device, *batch(3)):
-        assert "differentiate twice" in said
-
-
 def refused(tp, x, weight, targets, weights, vocab_size=VOCAB):
     rows = weight.chunk(tp)[rank_of(tp)]
     return message(

@@ -8,7 +8,6 @@ __all__ = ['CHUNK', 'linear_cross_entropy']
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #e335545e
 import torch
 import torch.distributed as dist
-from torch.autograd.function import once_differentiable
 
 from ..comm import all_reduce, group_size
 from .cross_entropy import check_targets, row_losses
@@ -53,7 +52,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         grad_x, grad_weight = ctx.saved_tensors
         scaled = (grad_x.to(grad.dtype) * grad).to(grad_x.dtype)    # a loss scale may not fit in fp16
