@@ -58,5 +58,6 @@ def clip_grad_norm(
         raise ValueError(f"max_norm={max_norm}: must be above 0; use float('inf') for no clipping")
     norm = grad_norm(model)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if gradients:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
