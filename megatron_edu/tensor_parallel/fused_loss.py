@@ -33,7 +33,7 @@ def _chunk_loss(x, weight, targets, weights, group, vocab_size, grad_x, grad_wei
             grad_weight += grad_logits.t() @ x
     return (losses * weights).sum()
 
-
+# %% ../../nbs/3_layers/06_fused_loss.ipynb #98dd362d
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, weights, group, vocab_size, need_gradients):
