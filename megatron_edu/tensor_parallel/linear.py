@@ -17,31 +17,33 @@ from ..comm import all_reduce, all_reduce_start, group_size
 from .mappings import gather_from_tp, scatter_to_tp
 from .shard import Shard, check_divides
 
-# %% ../../nbs/3_layers/03_linear.ipynb #0c977706
+# %% ../../nbs/3_layers/03_linear.ipynb #88d7abca
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     "The tensors in the type that autocast would give a matrix product; unchanged outside autocast."
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) for t in tensors)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
-# %% ../../nbs/3_layers/03_linear.ipynb #7e6dd65e
+# %% ../../nbs/3_layers/03_linear.ipynb #e2e990d9
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, group):
         ctx.save_for_backward(x, weight)
-        ctx.group, ctx.has_bias = group, bias is not None
+        ctx.group = group
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        pending = all_reduce_start(grad @ weight, ctx.group)    # under way while the other two are computed
-        rows = grad.flatten(0, -2)
-        grad_weight = rows.t() @ x.flatten(0, -2)
-        grad_bias = rows.sum(0) if ctx.has_bias else None
-        return pending.wait(), grad_weight, grad_bias, None
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        # The all-reduce is under way while the other two are computed.
+        pending = all_reduce_start(grad @ weight, ctx.group) if needs_x else None
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+        grad_bias = rows.sum(0) if needs_bias else None
+        return pending.wait() if needs_x else None, grad_weight, grad_bias, None
 
 
 @torch.compiler.disable
@@ -51,12 +53,15 @@ def column_linear(
     bias: torch.Tensor | None,          # (out/t,)
     group: dist.ProcessGroup,
 ) -> torch.Tensor:                      # (..., out/t)
-    "f and a matrix product in one: backward, the all-reduce of x's gradient runs beside the weight's gradient."
+    """f and a matrix product in one.
+
+    Forward: no collective. Backward: all-reduce of x's gradient, beside the weight's gradient.
+    """
     if bias is not None:
         (bias,) = _autocast(bias)
     return _ColumnLinear.apply(*_autocast(x, weight), bias, group)
 
-# %% ../../nbs/3_layers/03_linear.ipynb #6874d921
+# %% ../../nbs/3_layers/03_linear.ipynb #a0e811ed
 class _RowLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, group):
@@ -66,7 +71,11 @@ class _RowLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        return grad @ weight, grad.flatten(0, -2).t() @ x.flatten(0, -2), None
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        grad_x = grad @ weight if needs_x else None
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+        return grad_x, grad_weight, None
 
 
 @torch.compiler.disable
@@ -75,23 +84,26 @@ def row_linear(
     weight: torch.Tensor,               # (out, in/t)
     group: dist.ProcessGroup,
 ) -> torch.Tensor:                      # (..., out), equal on every rank
-    "A matrix product and g in one: the partial sums are reduced in place."
+    """A matrix product and g in one.
+
+    Forward: all-reduce of the partial sums, in place. Backward: no collective.
+    """
     return _RowLinear.apply(*_autocast(x, weight), group)
 
-# %% ../../nbs/3_layers/03_linear.ipynb #a67761af
+# %% ../../nbs/3_layers/03_linear.ipynb #3ef7e095
 def _uniform_init(weight: torch.Tensor, bias: torch.Tensor | None, in_features: int) -> None:
-    "The range of `nn.Linear`. Each rank draws its own slice: models draw full weights and load the slices."
+    "Weights in the range of `nn.Linear`, which follows from the whole layer's inputs; biases zero."
     bound = 1 / math.sqrt(in_features)
     nn.init.uniform_(weight, -bound, bound)
     if bias is not None:
         nn.init.zeros_(bias)
 
-# %% ../../nbs/3_layers/03_linear.ipynb #8abd4317
+# %% ../../nbs/3_layers/03_linear.ipynb #62aaa6ee
 class ColumnParallelLinear(nn.Module):
-    """`nn.Linear` with the rows of its weight, so the columns of its result, split over `group` (paper, section 3).
+    """`nn.Linear` with the rows of its weight, so the columns of its result, split over `group`.
 
-    Forward: a local product, no collective (f). Backward: all-reduce of the input's gradient. Without a group
-    or with one rank it is `F.linear`. Raises `ValueError` if `out_features` does not divide by blocks x ranks.
+    Forward: no collective (f). Backward: all-reduce of the input's gradient (paper, section 3).
+    With one rank it is `F.linear`. `ValueError` if blocks x ranks do not divide `out_features`.
     """
 
     def __init__(
@@ -102,11 +114,11 @@ class ColumnParallelLinear(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
         gather_output: bool = False,                # give every rank the whole result
-        blocks: int = 1,                            # equal parts of the output split each on their own: 3 for Q, K, V
+        blocks: int = 1,    # equal parts of the output, each split on its own: 3 for Q, K, V
     ):
         super().__init__()
         size = group_size(group)
-        check_divides(f"out_features/{blocks}" if blocks > 1 else "out_features", out_features // blocks, size)
+        check_divides("out_features", out_features, size, blocks)
         self.group = group
         self.gather_output = gather_output
         self.shard_rules = {"weight": Shard(0, blocks), "bias": Shard(0, blocks)}
@@ -122,14 +134,18 @@ class ColumnParallelLinear(nn.Module):
         if group_size(self.group) == 1:
             return F.linear(x, self.weight, self.bias)
         y = column_linear(x, self.weight, self.bias, self.group)
-        return gather_from_tp(y, self.group) if self.gather_output else y
+        if not self.gather_output:
+            return y
+        parts = y.unflatten(-1, (self.shard_rules["weight"].blocks, -1))
+        return gather_from_tp(parts, self.group).flatten(-2)
 
-# %% ../../nbs/3_layers/03_linear.ipynb #0697e94d
+# %% ../../nbs/3_layers/03_linear.ipynb #2d466a3d
 class RowParallelLinear(nn.Module):
-    """`nn.Linear` with the columns of its weight split over `group`; takes what a column-parallel layer gives.
+    """`nn.Linear` with the columns of its weight split over `group`.
 
-    Forward: all-reduce of the partial sums (g), then the bias, once. Backward: no collective. Without a group or
-    with one rank it is `F.linear`. Raises `ValueError` if `in_features` does not divide by the ranks.
+    It takes what a column-parallel layer gives. Forward: all-reduce of the partial sums (g), then
+    the bias, once. Backward: no collective (paper, section 3). With one rank it is `F.linear`.
+    `ValueError` if the ranks do not divide `in_features`.
     """
 
     def __init__(
@@ -139,7 +155,7 @@ class RowParallelLinear(nn.Module):
         bias: bool = True,
         *,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
-        input_is_parallel: bool = True,             # x holds this rank's columns; False: x is whole on every rank
+        input_is_parallel: bool = True,     # x is this rank's columns; False: whole on every rank
     ):
         super().__init__()
         size = group_size(group)
@@ -161,4 +177,4 @@ class RowParallelLinear(nn.Module):
         if not self.input_is_parallel:
             x = scatter_to_tp(x, self.group)
         y = row_linear(x, self.weight, self.group)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ..comm import all_gather, all_reduce, group_rank, group_size
 from .shard import check_divides
 
-# %% ../../nbs/3_layers/02_mappings.ipynb #4fb1f594
+# %% ../../nbs/3_layers/02_mappings.ipynb #8d949b8e
 class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -28,7 +28,7 @@ class _CopyToTP(torch.autograd.Function):
 def copy_to_tp(
     x: torch.Tensor,                    # equal on every rank
     group: dist.ProcessGroup | None,
-) -> torch.Tensor:
+) -> torch.Tensor:                      # `x`
     "Identity forward, all-reduce backward: the paper's f (section 3)."
     return x if group_size(group) == 1 else _CopyToTP.apply(x, group)
 
@@ -51,9 +51,9 @@ def reduce_from_tp(
     "All-reduce forward, identity backward: the paper's g (section 3)."
     return x if group_size(group) == 1 else _ReduceFromTP.apply(x, group)
 
-# %% ../../nbs/3_layers/02_mappings.ipynb #0a91f243
+# %% ../../nbs/3_layers/02_mappings.ipynb #71cbd747
 def _own_piece(x: torch.Tensor, group: dist.ProcessGroup, dim: int) -> torch.Tensor:
-    check_divides(f"dim {dim}", x.shape[dim], group_size(group))
+    check_divides(f"shape {tuple(x.shape)}, dim {dim}: size", x.shape[dim], group_size(group))
     return x.chunk(group_size(group), dim=dim)[group_rank(group)].contiguous()
 
 
@@ -74,10 +74,13 @@ def scatter_to_tp(
     group: dist.ProcessGroup | None,
     dim: int = -1,                      # along which `x` is cut
 ) -> torch.Tensor:                      # this rank's piece
-    "Keep this rank's piece forward, all-gather backward. Raises `ValueError` if the dim does not divide."
+    """Keep this rank's piece forward, all-gather backward.
+
+    Raises `ValueError` if the dim does not divide by the ranks.
+    """
     return x if group_size(group) == 1 else _ScatterToTP.apply(x, group, dim)
 
-# %% ../../nbs/3_layers/02_mappings.ipynb #04c57566
+# %% ../../nbs/3_layers/02_mappings.ipynb #92391d4b
 class _GatherFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, dim):
@@ -95,5 +98,8 @@ def gather_from_tp(
     group: dist.ProcessGroup | None,
     dim: int = -1,                      # along which the pieces are joined
 ) -> torch.Tensor:                      # all pieces, equal on every rank
-    "All-gather forward, keep this rank's piece backward. For results that every rank then uses alike."
+    """All-gather forward, keep this rank's piece backward.
+
+    For results that every rank then uses alike: each has the whole gradient, so nothing is added.
+    """
     return x if group_size(group) == 1 else _GatherFromTP.apply(x, group, dim)
