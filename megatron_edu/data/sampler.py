@@ -89,8 +89,8 @@ class BatchSampler:
         "Go on where another sampler stopped. ValueError for a number outside the samples."
         if not 0 <= state["consumed"] <= self.num_samples:
             raise ValueError(
-                f"{state['consumed']} samples are consumed, of {self.num_samples} in all; the number "
-                "must lie between; build the samples of the longer run"
+                f"{state['consumed']} samples are consumed, of {self.num_samples} in all; the "
+                "number must lie between; build the samples of the longer run"
             )
         self.consumed = state["consumed"]
 

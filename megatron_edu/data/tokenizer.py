@@ -43,7 +43,10 @@ def pieces(
 
 # %% ../../nbs/5_data/02_tokenizer.ipynb #0541b719
 class Tokenizer:
-    "Text to token ids and back, with the id that ends a document. ValueError if there is none."
+    """Text to token ids and back, with the id that ends a document.
+
+    Where a text spells that token, it is read as one. Raises ValueError if the tokenizer has none.
+    """
 
     def __init__(
         self,
@@ -61,18 +64,12 @@ class Tokenizer:
         self.eod_id: int = eod_id
         self.vocab_size: int = max(core.get_vocab().values()) + 1
 
-    def encode(
-        self,
-        text: str,
-    ) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         "Token ids. A long text is cut between words, so that memory grows with the text alone."
         encode = self.core.encode
         return [i for p in pieces(text) for i in encode(p, add_special_tokens=False).ids]
 
-    def decode(
-        self,
-        ids: Sequence[int],
-    ) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
         "Text of token ids. Bytes that form no character (a cut one) read as U+FFFD."
         bad = [i for i in ids if not 0 <= i < self.vocab_size]
         if bad:
@@ -82,11 +79,8 @@ class Tokenizer:
             )
         return self.core.decode(list(ids), skip_special_tokens=False)
 
-    def save(
-        self,
-        path: str | Path,       # of a tokenizer.json
-    ) -> None:
-        "Write all of it to one file, which `load_tokenizer` reads."
+    def save(self, path: str | Path) -> None:
+        "Write all of it to one file, a tokenizer.json, which `load_tokenizer` reads."
         self.core.save(str(path))
 
 # %% ../../nbs/5_data/02_tokenizer.ipynb #60e4808a
