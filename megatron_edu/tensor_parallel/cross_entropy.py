@@ -28,10 +28,11 @@ def hide_padding(
     logits: torch.Tensor,       # (n, v/t), overwritten
     first: int,                 # the id of this rank's first column
     vocab_size: int,            # the first padding id
+    fill: float = -torch.inf,   # what they become
 ) -> torch.Tensor:
     "Set the columns of padding ids to minus infinity, in place: they take no part in the softmax."
     keep = max(0, min(logits.shape[1], vocab_size - first))
-    logits[:, keep:] = -torch.inf
+    logits[:, keep:] = fill
     return logits
 
 # %% ../../nbs/3_layers/05_cross_entropy.ipynb #b2f05e66

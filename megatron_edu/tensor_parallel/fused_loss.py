@@ -9,43 +9,74 @@ __all__ = ['CHUNK', 'linear_cross_entropy']
 import torch
 import torch.distributed as dist
 
-from ..comm import all_reduce, group_size
-from .cross_entropy import check_targets, row_losses
+from ..comm import all_reduce, group_rank, group_size
+from .cross_entropy import check_targets, hide_padding, own_columns
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #c60b7b2d
 CHUNK = 512     # rows of logits that exist at one time
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #1735190e
-def _chunk_loss(x, weight, targets, weights, group, vocab_size, grad_x, grad_weight):
-    "Weighted loss of a few rows. Fills their `grad_x` and adds to `grad_weight`, unless these are None."
-    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    logits = (x @ weight.t()).to(wide)                          # (n, v/t), gone when this returns
-    losses, total, column, own = row_losses(logits, targets, group, vocab_size)
-    weights = weights.to(wide)
-    if grad_x is not None:
-        logits.mul_((weights / total)[:, None])                 # from here on: the logits' gradient
-        logits.scatter_add_(1, column[:, None], -(weights * own)[:, None])
-        grad_logits = logits.to(x.dtype)
-        torch.mm(grad_logits, weight, out=grad_x)
-        if wide == x.dtype:
-            grad_weight.addmm_(grad_logits.t(), x)
-        else:
-            grad_weight += grad_logits.t() @ x
-    return (losses * weights).sum()
+def _softmax_rows(logits, targets, group, vocab_size):
+    "Losses of a few rows, which become this rank's own softmax; times `scale` they are the whole one."
+    first = group_rank(group) * logits.shape[1]
+    # finite: of nothing but minus infinity, a rank's own softmax would be 0 / 0
+    hide_padding(logits, first, vocab_size, fill=torch.finfo(logits.dtype).min)
+    column, own = own_columns(targets, first, logits.shape[1])
+    largest = logits.amax(-1)
+    target = logits.gather(1, column[:, None])[:, 0].where(own, 0)
+    torch.softmax(logits, -1, out=logits)               # one pass over a row that is still in the cache
+    share = 1 / logits.amax(-1)                         # sum of exp(logit - largest)
+    highest = all_reduce(largest, group, "max")
+    target = all_reduce(target, group, inplace=True)
+    share = share * (largest - highest).exp()
+    total = all_reduce(share, group)
+    return total.log() + highest - target, share / total, column, own
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #98dd362d
+def _chunk_loss(x, weight, targets, weights, group, vocab_size, scratch, gradients):
+    "Weighted loss of a few rows. Fills their part of x's gradient and adds to the weight's, unless there are none."
+    logits, narrow, piece = scratch
+    torch.mm(x, weight.t(), out=narrow)
+    if narrow is not logits:
+        logits.copy_(narrow)
+    losses, scale, column, own = _softmax_rows(logits, targets, group, vocab_size)
+    if gradients is not None:
+        grad_x, grad_weight = gradients
+        logits.mul_((weights * scale)[:, None])                             # from here on: the logits' gradient
+        logits.scatter_add_(1, column[:, None], -(weights * own)[:, None])
+        if narrow is not logits:
+            narrow.copy_(logits)
+        torch.mm(narrow, weight, out=grad_x)
+        if piece is None:
+            grad_weight.addmm_(narrow.t(), x)
+        else:
+            grad_weight += torch.mm(narrow.t(), x, out=piece)
+    return (losses * weights).sum()
+
+# %% ../../nbs/3_layers/06_fused_loss.ipynb #7d00430e
+def _scratch(x, weight, wide):
+    "Arrays that all chunks share: logits in fp32 and in x's type, and one product for the weight's gradient."
+    logits = x.new_empty((min(CHUNK, len(x)), len(weight)), dtype=wide)
+    if wide == x.dtype:
+        return logits, logits, None
+    return logits, torch.empty_like(logits, dtype=x.dtype), torch.empty_like(weight)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, weights, group, vocab_size, need_gradients):
         wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+        logits, narrow, piece = _scratch(x, weight, wide)
         grad_x = torch.empty_like(x) if need_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_gradients else None
         loss = x.new_zeros((), dtype=wide)
         for start in range(0, len(x), CHUNK):
             rows = slice(start, start + CHUNK)
+            z = logits[: len(x[rows])]
             loss += _chunk_loss(
-                x[rows], weight, targets[rows], weights[rows], group, vocab_size,
-                grad_x[rows] if need_gradients else None, grad_weight,
+                x[rows], weight, targets[rows], weights[rows].to(wide), group, vocab_size,
+                (z, z if narrow is logits else narrow[: len(z)], piece),
+                (grad_x[rows], grad_weight) if need_gradients else None,
             )
         ctx.group = group
         ctx.save_for_backward(grad_x, grad_weight)
