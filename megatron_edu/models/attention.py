@@ -34,9 +34,10 @@ class Attention(nn.Module):
         check_divides("num_heads", config.num_heads, group_size(group))
         self.config = config
         self.group = group
-        h = config.hidden_size
-        self.qkv = ColumnParallelLinear(h, 3 * h, group=group, blocks=3)
-        self.proj = RowParallelLinear(h, h, group=group)
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size, 3 * config.hidden_size, group=group, blocks=3
+        )
+        self.proj = RowParallelLinear(config.hidden_size, config.hidden_size, group=group)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:             # (b, s, h) -> (b, s, h)
         "Every position looks at itself and those before it, in this rank's heads."

@@ -21,7 +21,7 @@ from ..tensor_parallel.fused_loss import linear_cross_entropy
 from ..tensor_parallel.linear import column_linear
 from ..tensor_parallel.shard import shard_state_dict
 
-# %% ../../nbs/4_models/04_gpt2.ipynb #3cc0e3b1
+# %% ../../nbs/4_models/04_gpt2.ipynb #3ad7191b
 def _check_vocabulary(config: GPT2Config, size: int) -> None:
     "Raise `ValueError` with what to change if the padded vocabulary does not divide among the ranks."
     rows = config.padded_vocab_size
@@ -31,13 +31,18 @@ def _check_vocabulary(config: GPT2Config, size: int) -> None:
             f"that does is {round_up(rows, size)}: set vocab_multiple to a multiple of {size}"
         )
 
-# %% ../../nbs/4_models/04_gpt2.ipynb #6cefd0e0
-class GPT2(nn.Module):
-    """GPT-2 split over a tensor-parallel group, with the names and the full weights of the reference.
 
-    The initial weights depend on `config` and `seed` alone, never on the number of ranks. Raises
-    `ValueError` if heads, feed-forward size or padded vocabulary do not divide among the ranks.
-    """
+def _check_length(length: int, limit: int) -> None:
+    "Raise `ValueError` for a sequence longer than there are positions."
+    if length > limit:
+        raise ValueError(
+            f"a sequence of {length} tokens is longer than max_seq_len={limit}; "
+            f"cut it, or build the model with a larger max_seq_len"
+        )
+
+# %% ../../nbs/4_models/04_gpt2.ipynb #516457cc
+class _Trunk(nn.Module):
+    "Embeddings, blocks and the last LayerNorm."
 
     def __init__(
         self,
@@ -47,36 +52,37 @@ class GPT2(nn.Module):
         seed: int = 1,                              # of the initial weights
     ):
         super().__init__()
+        _check_vocabulary(config, group_size(group))
         self.config = config
         self.group = group
-        h = config.hidden_size
-        _check_vocabulary(config, group_size(group))
         self.wte = VocabParallelEmbedding(
-            config.padded_vocab_size, h, group=group, vocab_size=config.vocab_size
+            config.padded_vocab_size, config.hidden_size, group=group, vocab_size=config.vocab_size
         )
-        self.wpe = nn.Embedding(config.max_seq_len, h)
+        self.wpe = nn.Embedding(config.max_seq_len, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, group) for _ in range(config.num_layers))
-        self.ln_f = nn.LayerNorm(h, eps=config.layer_norm_eps)
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.load_state_dict(shard_state_dict(dict(initial_weights(config, seed)), self))
 
     def hidden_states(
         self,
         input_ids: torch.Tensor,        # (b, s) token ids
     ) -> torch.Tensor:                  # (b, s, h), equal on every rank
-        "What the output layer reads. Raises `ValueError` for unknown ids and for too long a sequence."
-        length = input_ids.shape[1]
-        if length > self.config.max_seq_len:
-            raise ValueError(
-                f"a sequence of {length} tokens is longer than "
-                f"max_seq_len={self.config.max_seq_len}: "
-                f"cut it, or build the model with a larger max_seq_len"
-            )
-        x = self.wte(input_ids) + self.wpe.weight[:length]          # (b, s, h)
+        "What the output layer reads. `ValueError` for unknown ids and for too long a sequence."
+        _check_length(input_ids.shape[1], self.config.max_seq_len)
+        x = self.wte(input_ids) + self.wpe.weight[: input_ids.shape[1]]     # (b, s, h)
         x = F.dropout(x, self.config.dropout, self.training)
         recompute = self.config.recompute and torch.is_grad_enabled()
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         return self.ln_f(x)
+
+# %% ../../nbs/4_models/04_gpt2.ipynb #eda64d36
+class GPT2(_Trunk):
+    """GPT-2 split over a tensor-parallel group, with the names and the full weights of the reference.
+
+    The initial weights depend on `config` and `seed` alone, never on the number of ranks. Raises
+    `ValueError` if heads, feed-forward size or padded vocabulary do not divide among the ranks.
+    """
 
     def forward(
         self,
@@ -89,7 +95,7 @@ class GPT2(nn.Module):
         self,
         x: torch.Tensor,                # (..., h) from `hidden_states`
     ) -> torch.Tensor:                  # (..., v padded/tp)
-        "The output layer, tied to the embedding."
+        "The output layer, tied to the embedding. Backward: one all-reduce (f)."
         if group_size(self.group) == 1:
             return F.linear(x, self.wte.weight)
         return column_linear(x, self.wte.weight, None, self.group)
@@ -108,4 +114,4 @@ class GPT2(nn.Module):
             self.hidden_states(input_ids), self.wte.weight, labels, weights,
             group=self.group, vocab_size=self.config.vocab_size,
         )
-        return total / (weights.sum() if num_tokens is None else num_tokens)
+        return total / (weights.sum(dtype=total.dtype) if num_tokens is None else num_tokens)
