@@ -96,8 +96,8 @@ def _serve(rank, size, rendezvous, backend, timeout, threads, pipe) -> None:
     "What a rank does all its life: join the world, then run what comes through the pipe."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the ranks
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // size))
     try:
+        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // size))
         join_world(rank, size, rendezvous, backend, timeout)
         pipe.send(_Answer("ready"))
         while True:
@@ -256,10 +256,14 @@ def _ask(world: _World, payload: bytes, timeout: float) -> list[Any]:
     return [cloudpickle.loads(answers[rank].value) for rank in sorted(answers)]
 
 # %% ../nbs/1_ranks/01_ranks.ipynb #768797c9
-def _check(size: int, backend: str) -> None:
+def _check(size: int, backend: str, timeout: float, threads: int | None) -> None:
     "Raise `ValueError` for a world that this machine cannot have."
     if size < 1:
         raise ValueError(f"Ranks({size}): a world has at least 1 rank; pass size >= 1")
+    if timeout <= 0:
+        raise ValueError(f"Ranks(timeout={timeout:g}): ranks must be given time; pass seconds > 0")
+    if threads is not None and threads < 1:
+        raise ValueError(f"Ranks(threads={threads}): a rank has at least 1; None: cores / ranks")
     if backend not in ("gloo", "nccl"):
         raise ValueError(f"Ranks(backend={backend!r}): the backend is 'gloo' or 'nccl'")
     if backend == "nccl" and torch.cuda.device_count() < size:
@@ -282,7 +286,7 @@ class Ranks(contextlib.AbstractContextManager):
     threads: int | None = None      # CPU threads per rank; default: cores / ranks, at least 1
 
     def __post_init__(self):
-        _check(self.size, self.backend)
+        _check(self.size, self.backend, self.timeout, self.threads)
         self._calling = threading.RLock()
         self._world = None
 

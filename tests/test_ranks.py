@@ -1,0 +1,500 @@
+"""Worlds of processes: what they return, how they fail, and that nothing of them stays."""
+
+import gc
+import linecache
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_edu.mesh import ParallelDims
+from megatron_edu.ranks import RankError, Ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def all_gone(pids: list[int], within: float = 5.0) -> bool:
+    "No process of these numbers is left, now or soon."
+    deadline = time.monotonic() + within
+    while any(map(exists, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(exists, pids))
+
+
+def sum_of_ranks() -> int:
+    total = torch.tensor(dist.get_rank())
+    dist.all_reduce(total)
+    return total.item()
+
+
+@pytest.fixture(scope="module")
+def four():
+    "One object for all cases: after each failure it must start new ranks."
+    with Ranks(4, threads=1) as world:
+        yield world
+
+
+# What a call gives
+
+
+def test_results_are_a_list_in_order_of_rank(four):
+    def late_first(factor, plus=0):
+        time.sleep(0.02 * (4 - dist.get_rank()))
+        return factor * dist.get_rank() + plus
+
+    assert four(late_first, 10, plus=1) == [1, 11, 21, 31]
+    assert four(dist.get_world_size) == [4] * 4
+
+
+def test_collectives_work_in_the_default_group(four):
+    assert four(sum_of_ranks) == [6] * 4
+    assert four(lambda: dist.group.WORLD.size()) == [4] * 4
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_any_number_of_ranks(size):
+    with Ranks(size, threads=1) as world:
+        assert world(sum_of_ranks) == [size * (size - 1) // 2] * size
+
+
+def test_the_same_processes_serve_every_call(four):
+    pids = four(os.getpid)
+    assert four(os.getpid) == pids
+    assert len({os.getpid(), *pids}) == 5
+
+
+def test_functions_classes_and_tensors_travel_by_value(four):
+    offset = torch.arange(3.0)
+
+    class Shift:
+        def __init__(self, by):
+            self.by = by
+
+        def __call__(self, x):
+            return x + self.by + offset
+
+    x = torch.zeros(3)
+    for rank, result in enumerate(four(lambda: Shift(dist.get_rank())(x.add_(1)))):
+        assert torch.equal(result, 1 + rank + torch.arange(3.0))
+    assert torch.equal(x, torch.zeros(3))
+
+
+def test_prints_come_labelled_in_order_of_rank(four, capsys):
+    def greet():
+        time.sleep(0.02 * (4 - dist.get_rank()))
+        print("one")
+        print("two", dist.get_rank())
+
+    four(greet)
+    expected = "".join(f"[rank {rank}] one\n[rank {rank}] two {rank}\n" for rank in range(4))
+    assert capsys.readouterr().out == expected
+
+
+def test_prints_of_a_call_that_fails_are_shown(four, capsys):
+    def fail():
+        print("before")
+        raise ValueError("no")
+
+    with pytest.raises(RankError):
+        four(fail)
+    assert capsys.readouterr().out == "".join(f"[rank {r}] before\n" for r in range(4))
+
+
+# How a call fails
+
+
+def divide():
+    return 1 / (dist.get_rank() - 2)
+
+
+def test_a_failure_is_one_traceback_with_its_rank(four, capfd):
+    with pytest.raises(RankError) as caught:
+        four(divide)
+    message = str(caught.value)
+    assert caught.value.rank == 2
+    assert message.startswith("rank 2 of 4 failed:\nTraceback")
+    assert message.count("Traceback") == message.count("ZeroDivisionError") == 1
+    assert "return 1 / (dist.get_rank() - 2)" in message
+    assert ", in _run" not in message
+    assert capfd.readouterr().err == ""
+
+
+def test_the_lowest_rank_is_named_when_all_fail(four):
+    def fail():
+        time.sleep(0.02 * (4 - dist.get_rank()))
+        raise ValueError(f"from {dist.get_rank()}")
+
+    with pytest.raises(RankError, match="ValueError: from 0") as caught:
+        four(fail)
+    assert caught.value.rank == 0
+
+
+def test_a_failure_is_reported_while_the_others_wait_in_a_collective(four):
+    def fail_on_3():
+        if dist.get_rank() == 3:
+            raise KeyError("lost")
+        dist.barrier()
+
+    begin = time.monotonic()
+    with pytest.raises(RankError, match="KeyError: 'lost'") as caught:
+        four(fail_on_3)
+    assert caught.value.rank == 3
+    assert time.monotonic() - begin < four.timeout / 2
+
+
+def test_a_source_line_of_a_notebook_cell_is_in_the_traceback(four):
+    source = "def in_a_cell():\n    raise ValueError('here')\n"
+    linecache.cache["/nowhere/cell_1.py"] = (len(source), None, source.splitlines(True), "")
+    cell = {"__name__": "__main__"}
+    exec(compile(source, "/nowhere/cell_1.py", "exec"), cell)
+    with pytest.raises(RankError) as caught:
+        four(cell["in_a_cell"])
+    assert "    raise ValueError('here')\n" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_errors_that_end_a_program_are_reported_too(four, error):
+    def leave():
+        raise error()
+
+    with pytest.raises(RankError, match=error.__name__):
+        four(leave)
+
+
+def test_a_result_that_cannot_travel_is_an_error_of_its_rank(four):
+    with pytest.raises(RankError, match="pickle") as caught:
+        four(lambda: threading.Lock() if dist.get_rank() == 1 else None)
+    assert caught.value.rank == 1
+
+
+def test_an_argument_that_cannot_travel_leaves_the_ranks_alone(four):
+    pids = four(os.getpid)
+    with pytest.raises(TypeError, match="pickle"):
+        four(print, threading.Lock())
+    assert four(os.getpid) == pids
+
+
+def test_the_next_call_after_a_failure_has_new_ranks(four):
+    before = four(os.getpid)
+    with pytest.raises(RankError):
+        four(divide)
+    assert all_gone(before)
+    assert four(sum_of_ranks) == [6] * 4
+    assert not set(before) & set(four(os.getpid))
+
+
+# A rank that skips a collective
+
+
+def skip_on_1(make_group):
+    group = make_group()
+    if dist.get_rank() != 1:
+        dist.all_reduce(torch.ones(1), group=group)
+
+
+@pytest.mark.parametrize(
+    "make_group",
+    [
+        pytest.param(lambda: dist.group.WORLD, id="all ranks"),
+        pytest.param(lambda: dist.new_group([0, 1]), id="new_group"),
+        pytest.param(lambda: ParallelDims(tp=2, dp=2).build().tp_group, id="mesh"),
+    ],
+)
+def test_a_skipped_collective_ends_at_the_time_limit(make_group):
+    with Ranks(4, timeout=2, threads=1) as world:
+        pids = world(os.getpid)
+        begin = time.monotonic()
+        with pytest.raises(RankError) as caught:
+            world(skip_on_1, make_group)
+        assert 2 <= time.monotonic() - begin < 15
+        assert caught.value.rank == 0
+        assert "rank 0 waited in a collective that another rank did not join" in str(caught.value)
+        assert "limit 2 s" in str(caught.value)
+        assert str(caught.value).count("Traceback") == 1
+        assert all_gone(pids)
+        assert world(sum_of_ranks) == [6] * 4
+
+
+def test_ranks_that_had_finished_are_named():
+    with Ranks(3, timeout=2, threads=1) as world:
+        with pytest.raises(RankError, match=r"ranks that had finished: \[1\]"):
+            world(skip_on_1, lambda: dist.group.WORLD)
+
+
+# A rank that dies
+
+
+def die_on_2(then):
+    if dist.get_rank() == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    then()
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        pytest.param(lambda: dist.barrier(), id="collective"),
+        pytest.param(lambda: time.sleep(60), id="sleep"),
+    ],
+)
+def test_a_killed_rank_is_reported_at_once_and_nothing_stays(four, then):
+    pids = four(os.getpid)
+    begin = time.monotonic()
+    with pytest.raises(RankError, match="rank 2 of 4 died: SIGKILL") as caught:
+        four(die_on_2, then)
+    assert time.monotonic() - begin < four.timeout / 2
+    assert caught.value.rank == 2
+    assert all_gone(pids)
+    assert four(sum_of_ranks) == [6] * 4
+
+
+def test_a_rank_killed_between_calls_is_reported_by_the_next(four):
+    pids = four(os.getpid)
+    os.kill(pids[1], signal.SIGKILL)
+    with pytest.raises(RankError, match="rank 1 of 4 died: SIGKILL"):
+        four(time.sleep, 60)
+    assert all_gone(pids)
+    assert four(sum_of_ranks) == [6] * 4
+
+
+def test_a_rank_that_exits_is_reported_with_its_code(four):
+    with pytest.raises(RankError, match="rank 0 of 4 died: exit code 3"):
+        four(os._exit, 3)
+
+
+# The end
+
+
+@pytest.mark.parametrize("how", ["close", "with", "forget"])
+def test_the_ranks_end_with_their_object(how, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    world = Ranks(2, threads=1)
+    pids = world(os.getpid)
+    assert all(map(exists, pids)) and list(tmp_path.glob("megatron_edu_ranks_*"))
+    if how == "close":
+        world.close()
+    elif how == "with":
+        with world:
+            pass
+    else:
+        del world
+        gc.collect()
+    assert all_gone(pids)
+    assert not list(tmp_path.glob("megatron_edu_ranks_*"))
+
+
+def test_a_closed_world_starts_again(four):
+    before = four(os.getpid)
+    four.close()
+    four.close()
+    assert not set(before) & set(four(os.getpid))
+
+
+def start_script(folder: Path, text: str, **variables: str) -> subprocess.Popen:
+    "Run a plain script, without `__main__` guard, in a session of its own."
+    header = "import os, sys, time\nfrom megatron_edu.ranks import Ranks\n"
+    header += "print('top', flush=True)\n"
+    script = folder / "script.py"
+    script.write_text(header + textwrap.dedent(text))
+    return subprocess.Popen(
+        [sys.executable, script],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def first_lines(process: subprocess.Popen) -> list[int]:
+    "Process numbers of the ranks, which a script prints in its second line."
+    assert process.stdout.readline() == "top\n"
+    return [int(pid) for pid in process.stdout.readline().split()]
+
+
+PIDS = "ranks = Ranks(2)\nprint(*ranks(os.getpid), flush=True)\n"
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "traceback"),
+    [
+        ("", 0, ""),
+        ("raise ValueError('stop')", 1, "ValueError: stop"),
+        ("sys.exit(7)", 7, ""),
+        ("os._exit(5)", 5, ""),
+        ("ranks(lambda: 1 / 0)", 1, "RankError: rank 0 of 2 failed"),
+    ],
+    ids=["end", "raise", "sys.exit", "os._exit", "rank error"],
+)
+def test_a_script_without_guard_leaves_nothing(tmp_path, ending, code, traceback):
+    process = start_script(tmp_path, PIDS + ending)
+    pids = first_lines(process)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert rest == ""
+    assert errors.count(traceback) == 1 if traceback else errors == ""
+    assert len(pids) == 2 and all_gone(pids)
+
+
+def test_ranks_end_when_their_parent_is_killed_even_if_they_are_busy(tmp_path):
+    process = start_script(tmp_path, PIDS + "ranks(lambda: [None for _ in iter(int, 1)])")
+    pids = first_lines(process)
+    time.sleep(0.3)
+    assert all(map(exists, pids))
+    process.kill()
+    process.communicate(timeout=60)
+    assert all_gone(pids)
+
+
+def test_ctrl_c_ends_the_ranks_and_the_object_stays_usable(tmp_path):
+    text = """
+        try:
+            ranks(time.sleep, 60)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        print(*ranks(os.getpid), flush=True)
+    """
+    process = start_script(tmp_path, PIDS + textwrap.dedent(text))
+    before = first_lines(process)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the script and to its ranks
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == ""
+    interrupted, after = rest.splitlines()
+    assert interrupted == "interrupted"
+    assert not set(before) & set(after.split())
+    assert all_gone(before + [int(pid) for pid in after.split()])
+
+
+def test_ctrl_c_between_calls_leaves_the_ranks_alone(tmp_path):
+    text = """
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print(*ranks(os.getpid), flush=True)
+    """
+    process = start_script(tmp_path, PIDS + textwrap.dedent(text))
+    before = first_lines(process)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == ""
+    assert [int(pid) for pid in rest.split()] == before
+    assert all_gone(before)
+
+
+# Side by side
+
+
+def test_two_worlds_at_once():
+    with Ranks(2, threads=1) as two, Ranks(3, threads=1) as three:
+        for _ in range(3):
+            assert two(sum_of_ranks) == [1] * 2
+            assert three(sum_of_ranks) == [3] * 3
+        assert not set(two(os.getpid)) & set(three(os.getpid))
+
+
+def test_threads_may_each_have_a_world():
+    main = sys.modules["__main__"]
+
+    def one_world(size):
+        with Ranks(size, threads=1) as world:
+            return [world(sum_of_ranks) for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(one_world, [2, 3, 2, 3]))
+    assert results == [[[1] * 2] * 3, [[3] * 3] * 3] * 2
+    assert sys.modules["__main__"] is main
+
+
+def test_threads_may_share_a_world(four):
+    def slow_echo(value):
+        time.sleep(0.005)
+        return value, sum_of_ranks()
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda value: four(slow_echo, value), range(12)))
+    assert results == [[(value, 6)] * 4 for value in range(12)]
+
+
+# Settings
+
+
+def test_cores_are_shared_between_the_ranks():
+    with Ranks(2) as world:
+        assert world(torch.get_num_threads) == [max(1, os.cpu_count() // 2)] * 2
+    with Ranks(2, threads=3) as world:
+        assert world(torch.get_num_threads) == [3] * 2
+    with Ranks(os.cpu_count() + 1) as world:
+        assert set(world(torch.get_num_threads)) == {1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"size": 0}, ["Ranks(0)", "at least 1 rank", "size >= 1"]),
+        ({"size": -2}, ["Ranks(-2)"]),
+        ({"size": 2, "backend": "mpi"}, ["backend='mpi'", "'gloo' or 'nccl'"]),
+        ({"size": 2, "timeout": 0}, ["timeout=0", "seconds > 0"]),
+        ({"size": 2, "threads": 0}, ["threads=0", "at least 1"]),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, words):
+    with pytest.raises(ValueError) as caught:
+        Ranks(**arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_nccl_wants_a_gpu_a_rank(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match=r"needs 2 GPUs, one a rank, and finds 1; pass fewer"):
+        Ranks(2, backend="nccl")
+
+
+def test_a_network_device_chosen_for_a_cluster_does_not_matter(tmp_path):
+    text = PIDS + "import torch.distributed as dist\nranks(dist.barrier)"
+    process = start_script(tmp_path, text, GLOO_SOCKET_IFNAME="nowhere0")
+    pids = first_lines(process)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and errors == ""
+    assert all_gone(pids)
+
+
+def listening_addresses() -> list[str]:
+    "Addresses on which this process waits for connections (Linux): hexadecimal, from /proc."
+    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    mine = {link.split("[")[1].rstrip("]") for link in links if "socket:[" in link}
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:] if Path(table).exists() else []:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in mine:  # 0A: listening
+                found.append(fields[1].partition(":")[0])
+    return found
+
+
+if sys.platform == "linux":
+
+    def test_ranks_listen_on_the_loopback_device_only(four):
+        four(sum_of_ranks)
+        addresses = four(listening_addresses)
+        assert all(addresses)
+        assert {address for each in addresses for address in each} == {"0100007F"}  # 127.0.0.1
