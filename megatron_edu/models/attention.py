@@ -21,8 +21,8 @@ from ..tensor_parallel.shard import check_divides
 class Attention(nn.Module):
     """Causal self-attention whose heads are split over `group` (paper, section 3, figure 3b).
 
-    Forward: one all-reduce (g). Backward: one all-reduce (f). Raises `ValueError` if the heads do not
-    divide among the ranks.
+    Forward: one all-reduce (g). Backward: one all-reduce (f). Raises `ValueError` if the heads do
+    not divide among the ranks.
     """
 
     def __init__(

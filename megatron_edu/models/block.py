@@ -16,7 +16,7 @@ from .mlp import MLP
 
 # %% ../../nbs/4_models/03_block.ipynb #dd7acc2d
 class Block(nn.Module):
-    """One pre-LN transformer layer; its LayerNorms, dropout and residual adds run on every rank alike.
+    """One pre-LN transformer layer. LayerNorms, dropout and residual adds run on every rank alike.
 
     Forward: two all-reduces of b s h elements. Backward: two (paper, section 3, figure 4).
     """

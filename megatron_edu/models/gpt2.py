@@ -23,12 +23,13 @@ from ..tensor_parallel.shard import shard_state_dict
 
 # %% ../../nbs/4_models/04_gpt2.ipynb #3ad7191b
 def _check_vocabulary(config: GPT2Config, size: int) -> None:
-    "Raise `ValueError` with what to change if the padded vocabulary does not divide among the ranks."
+    "Raise `ValueError` if the padded vocabulary does not divide among the ranks."
     rows = config.padded_vocab_size
     if rows % size:
         raise ValueError(
-            f"padded_vocab_size={rows} does not divide among {size} tensor-parallel ranks; the next "
-            f"that does is {round_up(rows, size)}: set vocab_multiple to a multiple of {size}"
+            f"padded_vocab_size={rows} does not divide among {size} tensor-parallel ranks; "
+            f"the next that does is {round_up(rows, size)}: "
+            f"set vocab_multiple to a multiple of {size}"
         )
 
 
@@ -78,7 +79,7 @@ class _Trunk(nn.Module):
 
 # %% ../../nbs/4_models/04_gpt2.ipynb #eda64d36
 class GPT2(_Trunk):
-    """GPT-2 split over a tensor-parallel group, with the names and the full weights of the reference.
+    """GPT-2 split over a tensor-parallel group; names and full weights are the reference's.
 
     The initial weights depend on `config` and `seed` alone, never on the number of ranks. Raises
     `ValueError` if heads, feed-forward size or padded vocabulary do not divide among the ranks.
