@@ -13,25 +13,25 @@ import torch
 from .comm import all_gather, broadcast
 from .models.gpt2 import GPT2
 
-# %% ../nbs/7_using/01_generate.ipynb #6ef2dee7
+# %% ../nbs/7_using/01_generate.ipynb #47af8a44
 @dataclass(frozen=True)
 class SamplingConfig:
     "How the next token is chosen."
 
     temperature: float = 1.0    # logits are divided by it; 0: always the likeliest token (greedy)
     top_k: int | None = None    # choose among the k likeliest tokens only
-    top_p: float = 1.0          # choose among the likeliest tokens that together have at least this probability
+    top_p: float = 1.0          # choose among the likeliest that together have this probability
     seed: int = 1               # of the choices
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: 0 (greedy) or above")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: 0 (greedy) or a finite number above")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k}: at least 1, or None for all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: above 0 and at most 1")
 
-# %% ../nbs/7_using/01_generate.ipynb #7b9238be
+# %% ../nbs/7_using/01_generate.ipynb #a33109eb
 def filter_logits(
     logits: torch.Tensor,       # (b, v)
     config: SamplingConfig,
@@ -48,43 +48,45 @@ def filter_logits(
         logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
     return logits
 
-
+# %% ../nbs/7_using/01_generate.ipynb #0428a27c
 def choose(
     logits: torch.Tensor,           # (b, v) of the whole vocabulary
     config: SamplingConfig,
     generator: torch.Generator,     # on the CPU
-) -> torch.Tensor:                  # (b,) token ids
-    "One token a row. Draws in float64 on the CPU, so that device and split do not change the text."
+) -> torch.Tensor:                  # (b,) token ids, on the CPU
+    "One token a row. Draws in float64 on the CPU: device and split do not change the text."
     logits = logits.double().cpu()
     if config.temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(filter_logits(logits, config).softmax(-1), 1, generator=generator)[:, 0]
+    p = filter_logits(logits, config).softmax(-1)
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
 
-# %% ../nbs/7_using/01_generate.ipynb #cb9f2e84
+# %% ../nbs/7_using/01_generate.ipynb #ac58c765
 @torch.no_grad()
 def generate(
     model: GPT2,
-    input_ids: torch.Tensor,                    # (b, s) prompts of equal length, at least one token
-    num_tokens: int,                            # to add to each prompt
-    config: SamplingConfig = SamplingConfig(),
-    stop_id: int | None = None,                 # end early when every row has produced this id
-) -> torch.Tensor:                              # (b, s + tokens added)
-    """Continue prompts. Each step gathers the logits of the last position: b v elements over the group.
+    input_ids: torch.Tensor,        # (b, s) prompts of equal length, at least one token
+    num_tokens: int,                # to add to each prompt
+    config: SamplingConfig | None = None,   # None: plain sampling at temperature 1
+    stop_id: int | None = None,     # end early when every row has produced this id
+) -> torch.Tensor:                  # (b, s + tokens added)
+    """Continue prompts. Each token gathers b v logits over the group, of the last position only.
 
-    The same tokens for any tensor-parallel size. Only the last `max_seq_len` tokens are looked at. Raises
-    `ValueError` for an empty prompt and for ids outside the vocabulary.
+    The same tokens for any tensor-parallel size. Only the last `max_seq_len` tokens are looked at.
+    Raises `ValueError` for an empty prompt and for ids outside the vocabulary.
     """
     if input_ids.shape[1] == 0:
-        raise ValueError("the prompt has no token; start from the end-of-document token or any text")
+        raise ValueError("the prompt has no token; start from any text or the end-of-document token")
+    config = config or SamplingConfig()
     generator = torch.Generator().manual_seed(config.seed)
     training = model.training
     model.eval()
     ids = input_ids
     for _ in range(num_tokens):
-        hidden = model.hidden_states(ids[:, -model.config.max_seq_len:])[:, -1]             # (b, h)
-        logits = all_gather(model.logits(hidden), model.group)[:, : model.config.vocab_size]  # (b, v)
-        chosen = choose(logits, config, generator).to(ids.device)
-        chosen = broadcast(chosen, model.group)     # rounding differs between groups, never inside one
+        hidden = model.hidden_states(ids[:, -model.config.max_seq_len:])[:, -1]     # (b, h)
+        logits = all_gather(model.logits(hidden), model.group)                      # (b, v padded)
+        chosen = choose(logits[:, : model.config.vocab_size], config, generator).to(ids.device)
+        chosen = broadcast(chosen, model.group)     # (b,) ids: rounding cannot part the ranks
         ids = torch.cat([ids, chosen[:, None]], dim=1)
         if stop_id is not None and (ids[:, input_ids.shape[1]:] == stop_id).any(1).all():
             break
