@@ -1,0 +1,113 @@
+"""Every classic mistake turns a check red, and the right code none, on the very same inputs."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from gpt2_cases import groups
+
+from megatron_edu.mutants import ALL_CHECKS, MUTANTS, Mutant, examine
+from megatron_edu.tensor_parallel import linear
+from megatron_edu.training.data_parallel import DataParallel
+
+WIDTHS = {1: [2, 4], 2: [2]}    # tensor-parallel sizes for the number of replicas
+CASES = [(name, tp, mutant.dp) for name, mutant in MUTANTS.items() for tp in WIDTHS[mutant.dp]]
+
+
+def verdict(name, tp, dp, device):
+    "Of the code with one mistake in it; of the right code for None."
+    mine = groups(tp, dp, device)
+    if name is None:
+        return examine(mine, DataParallel, device)
+    with MUTANTS[name].made():
+        return examine(mine, DataParallel, device)
+
+
+def verdict_of_all(ranks, name, tp, dp, device):
+    "The ranks must agree on it."
+    verdicts = ranks(tp * dp)(verdict, name, tp, dp, device)
+    assert all(each == verdicts[0] for each in verdicts)
+    return verdicts[0]
+
+
+@pytest.mark.parametrize("tp, dp", [(tp, dp) for dp in WIDTHS for tp in WIDTHS[dp]])
+def test_the_right_code_is_green(ranks, device, tp, dp):
+    assert verdict_of_all(ranks, None, tp, dp, device).red == []
+
+
+@pytest.mark.parametrize("name, tp, dp", CASES)
+def test_no_mutant_survives(ranks, device, name, tp, dp):
+    found = verdict_of_all(ranks, name, tp, dp, device)
+    assert found.red, f"{MUTANTS[name].mistake}: no check sees it"
+    assert set(found.red) <= set(ALL_CHECKS)
+
+
+# What the loss, which is right to the last bit, does not see; and what sees it.
+SILENT = {
+    "f_left_out": ["sharded", "replicated", "norm"],
+    "g_reduces_backward": ["sharded", "replicated", "norm"],
+    "embedding_reduces_backward": ["sharded", "norm"],
+    "tied_output_half_missing": ["sharded", "norm"],
+    "position_gradient_summed": ["replicated", "norm"],
+    "replicated_counted_everywhere": ["norm"],
+    "norm_not_reduced": ["norm"],
+    "joined_in_order_of_rank": ["weights"],
+    "weights_drawn_per_rank": ["weights"],
+    "one_stream_for_all": ["masks"],
+    "stream_not_put_back": ["masks"],
+    "private_generator": ["recompute"],
+}
+
+
+@pytest.mark.parametrize("tp", [2])
+@pytest.mark.parametrize("name", SILENT)
+def test_the_loss_is_identical_and_others_are_red(ranks, device, name, tp):
+    right = verdict_of_all(ranks, None, tp, 1, device)
+    found = verdict_of_all(ranks, name, tp, 1, device)
+    assert found.loss == right.loss
+    assert found.red == SILENT[name]
+
+
+def test_there_are_many():
+    assert len(MUTANTS) >= 30
+    mistakes = {mutant.mistake for mutant in MUTANTS.values()}
+    assert len(mistakes) == len(MUTANTS)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mistake_is_undone(name):
+    "Also after an error, and with nothing left behind in a class that inherited the target."
+    from pkgutil import resolve_name
+
+    path, _, last = f"megatron_edu.{MUTANTS[name].target}".rpartition(".")
+    before, was_own = getattr(resolve_name(path), last), last in vars(resolve_name(path))
+    with pytest.raises(KeyError), MUTANTS[name].made():
+        assert getattr(resolve_name(path), last) is not before
+        raise KeyError
+    assert getattr(resolve_name(path), last) is before
+    assert (last in vars(resolve_name(path))) == was_own
+
+
+def test_a_target_that_is_gone():
+    with pytest.raises(AttributeError, match="no_such_layer"):
+        Mutant("gone", "", "", "tensor_parallel.linear.no_such_layer", print).made()
+
+
+def calls():
+    "What a replacement is given: the real function, and what it was called with."
+    seen = []
+
+    def wrong(real, x, weight, bias, group):
+        seen.append(real is linear_before)
+        return real(x, weight, bias, group)
+
+    linear_before = linear.column_linear
+    layer = linear.ColumnParallelLinear(4, 4, group=dist.group.WORLD)
+    with Mutant("spy", "", "", "tensor_parallel.linear.column_linear", wrong).made():
+        layer(torch.ones(4))
+    layer(torch.ones(4))
+    return seen
+
+
+@pytest.mark.world(2)
+def test_a_mistake_is_made_where_the_layer_looks(ranks):
+    assert ranks(2)(calls) == [[True], [True]]
