@@ -178,6 +178,13 @@ def test_document_offsets_that_do_not_rise_to_the_end_are_refused(small, offsets
         TokenFile(small)
 
 
+def test_a_negative_size_is_refused_where_all_sums_agree(small):
+    arrays = struct.pack("<3i", 3, -1, 4) + struct.pack("<3q", 0, 6, 4)
+    spoil(small, "idx", lambda content: content[:34] + arrays + content[-32:])
+    with pytest.raises(ValueError, match="contradict each other"):
+        TokenFile(small)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
