@@ -216,7 +216,9 @@ def collectives(tp, dp, device, dtype):
 
 @pytest.mark.parametrize("dp", [1, 2])
 @pytest.mark.parametrize("tp", [2, 4])
-@pytest.mark.parametrize("dtype, size", [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 4)])
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 4)]
+)
 def test_one_all_reduce_of_one_element(ranks, device, tp, dp, dtype, size):
     for made in ranks(tp * dp)(collectives, tp, dp, device, dtype):
         assert made == [("all_reduce", "tp", 1, size)]

@@ -185,12 +185,12 @@ def activations(tp, dp, device, seed=1):
         dist.broadcast(parameter.data, src=0)
     heads, outputs = [], []
     for block in model.blocks:
-        block.attn.proj.register_forward_pre_hook(lambda layer, x: heads.append(x[0].detach().cpu()))
-        block.register_forward_hook(lambda layer, x, y: outputs.append(y.detach().cpu()))
+        block.attn.proj.register_forward_pre_hook(lambda layer, x: heads.append(x[0].detach()))
+        block.register_forward_hook(lambda layer, x, y: outputs.append(y.detach()))
     seed_replica(seed, mine.dp_rank)
     ids = batch(DROPOUT, device=device)[0] % model.wte.weight.shape[0]
     model.hidden_states(ids)
-    return heads, outputs
+    return [x.cpu() for x in heads], [x.cpu() for x in outputs]
 
 
 @pytest.mark.parametrize("tp, dp", KEYS)
