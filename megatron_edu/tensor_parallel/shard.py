@@ -86,7 +86,7 @@ def placements(
     for prefix, module in model.named_modules():
         rules = getattr(module, "shard_rules", {})
         for name, _ in module.named_parameters(prefix, recurse=False):
-            rule = rules.get(name.removeprefix(prefix).removeprefix("."))
+            rule = rules.get(name.rpartition(".")[2])
             found[name] = Placement(rule, getattr(module, "group", None) if rule else None)
     return {name: found[name] for name, _ in model.named_parameters()}
 
