@@ -26,13 +26,13 @@ widths = pytest.mark.parametrize("tp", SIZES)
 
 
 def step(tp, device, logits, targets, upstream, steps=1, layout=None, **options):
-    "Losses, gradient of this rank's columns, whether its logits are intact, and what was communicated."
+    "Losses, gradient of this rank's columns, whether its logits are intact, what was communicated."
     local = logits.chunk(tp, -1)[rank_of(tp)].to(device)
     local = (layout or torch.clone)(local).detach().requires_grad_()
     before = local.detach().clone()
-    options = {"vocab_size": VOCAB} | options
+    options = {"group": group_of(tp), "vocab_size": VOCAB} | options
     with Ledger() as ledger:
-        losses = vocab_parallel_cross_entropy(local, targets.to(device), group=group_of(tp), **options)
+        losses = vocab_parallel_cross_entropy(local, targets.to(device), **options)
         for _ in range(steps):
             losses.backward(upstream.to(device), retain_graph=True)
     intact = torch.allclose(local.detach(), before, rtol=0, atol=0, equal_nan=True)
@@ -55,14 +55,16 @@ def joined(gradients):
 
 def batch(*shape, scale=1.0):
     "Logits with all columns in use, targets, and a gradient that comes in."
-    return scale * normal(*shape, PADDED, seed=1), integers(VOCAB, *shape, seed=2), normal(*shape, seed=3)
+    logits = scale * normal(*shape, PADDED, seed=1)
+    return logits, integers(VOCAB, *shape, seed=2), normal(*shape, seed=3)
 
 
 def minus_infinity():
     "Most columns are minus infinity, the target's never."
     logits, targets, upstream = batch(3, 11)
     hidden = integers(4, 3, 11, PADDED) > 0
-    return logits.masked_fill(hidden.scatter(-1, targets[..., None], False), -torch.inf), targets, upstream
+    hidden = hidden.scatter(-1, targets[..., None], False)
+    return logits.masked_fill(hidden, -torch.inf), targets, upstream
 
 
 def only_one_column():
@@ -76,6 +78,11 @@ def impossible_target():
     "The target's own logit is minus infinity: its loss is infinite, its gradient is finite."
     logits, targets, upstream = batch(3, 11)
     return logits.scatter(-1, targets[..., None], -torch.inf), targets, upstream
+
+
+def padding_of(value):
+    logits, targets, upstream = batch(3, 11)
+    return logits.index_fill(-1, torch.arange(VOCAB, PADDED), value), targets, upstream
 
 
 def some_ignored(ignore_index=-100):
@@ -93,8 +100,8 @@ CASES = {
     "logits x 1000": lambda: batch(3, 11, scale=1000.0),
     "logits x 1e-8": lambda: batch(3, 11, scale=1e-8),
     "logits + 1e6": lambda: (batch(3, 11)[0] + 1e6, *batch(3, 11)[1:]),
-    "huge padding": lambda: (batch(3, 11)[0].index_fill(-1, torch.arange(VOCAB, PADDED), 1e30), *batch(3, 11)[1:]),
-    "NaN padding": lambda: (batch(3, 11)[0].index_fill(-1, torch.arange(VOCAB, PADDED), torch.nan), *batch(3, 11)[1:]),
+    "huge padding": lambda: padding_of(1e30),
+    "NaN padding": lambda: padding_of(torch.nan),
     "minus infinity": minus_infinity,
     "one column left": only_one_column,
     "minus infinity at the target": impossible_target,
@@ -150,7 +157,8 @@ def test_loss_does_not_depend_on_padding(ranks, device, tp, padded):
     want_losses, want_gradient = reference(logits, targets, upstream)
     more = torch.full((3, 11, padded), 5.0, dtype=torch.float64)
     more[..., :VOCAB] = logits[..., :VOCAB]
-    losses, gradients, _, _ = zip(*ranks(tp)(step, tp, device, more, targets, upstream), strict=True)
+    results = ranks(tp)(step, tp, device, more, targets, upstream)
+    losses, gradients, _, _ = zip(*results, strict=True)
     close(losses[0], want_losses)
     gradient = joined(gradients)
     close(gradient[..., :VOCAB], want_gradient[..., :VOCAB])
@@ -219,7 +227,8 @@ def test_half_inputs_are_computed_in_fp32(ranks, device, tp, dtype, unit):
 
 @widths
 def test_fp32(ranks, device, tp):
-    logits, targets, upstream = (t.float() if t.is_floating_point() else t for t in batch(3, 11, scale=10.0))
+    logits, targets, upstream = batch(3, 11, scale=10.0)
+    logits, upstream = logits.float(), upstream.float()
     results = ranks(tp)(step, tp, device, logits, targets, upstream)
     losses, gradients, _, _ = zip(*results, strict=True)
     want_losses, want_gradient = reference(logits, targets, upstream)
@@ -280,7 +289,8 @@ def test_autocast(ranks, device, tp):
 
 def refused(tp, logits, targets, vocab_size):
     local = logits.chunk(tp, -1)[rank_of(tp)]
-    return message(vocab_parallel_cross_entropy, local, targets, group=group_of(tp), vocab_size=vocab_size)
+    options = {"group": group_of(tp), "vocab_size": vocab_size}
+    return message(vocab_parallel_cross_entropy, local, targets, **options)
 
 
 @widths

@@ -125,7 +125,8 @@ def test_lower_precision_is_exact(ranks, device, tp, dtype):
 @widths
 def test_autocast_leaves_the_rows_alone(ranks, device, tp):
     ids = integers(VOCAB, 3, 11)
-    table, upstream = normal(PADDED, HIDDEN, dtype=torch.float32), normal(3, 11, HIDDEN, dtype=torch.float32)
+    table = normal(PADDED, HIDDEN, dtype=torch.float32)
+    upstream = normal(3, 11, HIDDEN, dtype=torch.float32)
     for rows, gradient, _ in ranks(tp)(step, tp, device, table, ids, upstream, autocast=True):
         assert rows.dtype == gradient.dtype == torch.float32
         assert torch.equal(rows, F.embedding(ids, table))
@@ -169,7 +170,10 @@ def one_wrong_id(tp, wrong, vocab_size):
 @widths
 @pytest.mark.parametrize(
     "wrong, vocab_size",
-    [(-1, VOCAB), (-100, VOCAB), (VOCAB, VOCAB), (PADDED - 1, VOCAB), (PADDED, None), (2**40, None)],
+    [
+        (-1, VOCAB), (-100, VOCAB), (VOCAB, VOCAB),
+        (PADDED - 1, VOCAB), (PADDED, None), (2**40, None),
+    ],
 )
 def test_ids_out_of_range(ranks, tp, wrong, vocab_size):
     last = (vocab_size or PADDED) - 1
@@ -214,7 +218,8 @@ def test_vocabulary_that_does_not_fit(ranks, tp, vocab_size):
 
 def test_one_device_makes_no_collective():
     assert not dist.is_initialized()
-    rows, gradient, records = step(1, "cpu", normal(PADDED, HIDDEN), torch.tensor([3]), normal(1, HIDDEN))
+    table, upstream = normal(PADDED, HIDDEN), normal(1, HIDDEN)
+    rows, gradient, records = step(1, "cpu", table, torch.tensor([3]), upstream)
     assert records == [] and rows.shape == (1, HIDDEN) and gradient.shape == (PADDED, HIDDEN)
 
 

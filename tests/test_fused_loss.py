@@ -1,4 +1,4 @@
-"""The output layer and its loss in one, against `F.linear` and `F.cross_entropy`, on up to eight ranks."""
+"""Output layer and loss in one, against `F.linear` and `F.cross_entropy`, on up to eight ranks."""
 
 import math
 
@@ -51,11 +51,11 @@ def step(tp, device, x, weight, targets, weights, *, scale=0.3, chunk=4, steps=1
     x = layout(x.to(device)).detach().requires_grad_("x" not in frozen)
     weight = layout(weight.chunk(tp)[rank_of(tp)].to(device)).detach()
     weight.requires_grad_("weight" not in frozen)
+    targets, weights = targets.to(device), weights.to(device)
+    options = {"group": group_of(tp), "vocab_size": vocab_size}
     with Chunks(chunk), Ledger() as ledger:
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            loss = linear_cross_entropy(
-                x, weight, targets.to(device), weights.to(device), group=group_of(tp), vocab_size=vocab_size
-            )
+            loss = linear_cross_entropy(x, weight, targets, weights, **options)
         for _ in range(steps):
             (scale * loss).backward(retain_graph=True)
     gradients = [None if t.grad is None else t.grad.cpu() for t in (x, weight)]
@@ -74,13 +74,15 @@ def reference(x, weight, targets, weights, scale=0.3):
 
 
 def batch(*shape, scale=1.0):
-    "Inputs of the output layer, its rows with padding in use, targets, and weights of which some are 0."
+    "Input and rows of the output layer, padding in use; targets; weights of which some are 0."
+    x, weight = scale * normal(*shape, HIDDEN, seed=1), normal(PADDED, HIDDEN, seed=2)
     weights = normal(*shape, seed=4).abs() * (integers(4, *shape, seed=5) > 0)
-    return scale * normal(*shape, HIDDEN, seed=1), normal(PADDED, HIDDEN, seed=2), integers(VOCAB, *shape), weights
+    return x, weight, integers(VOCAB, *shape), weights
 
 
 def changed(data, **changes):
-    return tuple(changes.get(name, t) for name, t in zip(("x", "weight", "targets", "weights"), data, strict=True))
+    names = ("x", "weight", "targets", "weights")
+    return tuple(changes.get(name, t) for name, t in zip(names, data, strict=True))
 
 
 def agrees(results, data, scale=0.3, atol=1e-10):
@@ -105,7 +107,9 @@ CASES = {
     ),
     "nothing counts": lambda: changed(batch(3, 11), weights=0 * ONES),
     "all targets on the first rank": lambda: changed(batch(3, 11), targets=integers(15, 3, 11)),
-    "all targets on the last rank with words": lambda: changed(batch(3, 11), targets=90 + integers(11, 3, 11)),
+    "all targets on the last rank with words": lambda: changed(
+        batch(3, 11), targets=90 + integers(11, 3, 11)
+    ),
     "no row": lambda: batch(2, 0),
     "a single token": lambda: changed(batch(), weights=torch.tensor(2.0, dtype=torch.float64)),
     "three dims": lambda: batch(2, 3, 5),
@@ -146,18 +150,19 @@ def test_the_chunk_is_as_documented():
 
 
 def both_ways(tp, device, x, weight, targets, weights):
-    "Differences to the layer and loss that hold all logits: loss, gradient of x, gradient of the weight."
+    "Differences to the loss that holds all logits: loss, gradient of x, gradient of the weight."
     found = []
+    targets, weights = targets.to(device), weights.to(device)
     for fused in (True, False):
         ours = x.to(device).requires_grad_()
         rows = weight.chunk(tp)[rank_of(tp)].to(device).requires_grad_()
         options = {"group": group_of(tp), "vocab_size": VOCAB}
         if fused:
             with Chunks(4):
-                loss = linear_cross_entropy(ours, rows, targets.to(device), weights.to(device), **options)
+                loss = linear_cross_entropy(ours, rows, targets, weights, **options)
         else:
             logits = F.linear(copy_to_tp(ours, group_of(tp)), rows)
-            loss = (vocab_parallel_cross_entropy(logits, targets.to(device), **options) * weights.to(device)).sum()
+            loss = (vocab_parallel_cross_entropy(logits, targets, **options) * weights).sum()
         (loss / 3).backward()
         found.append((loss.detach(), ours.grad, rows.grad))
         ours.grad = None
@@ -202,7 +207,8 @@ def test_backward_twice(ranks, device, tp):
 @pytest.mark.parametrize("frozen", ["x", "weight"])
 def test_one_of_the_inputs_is_frozen(ranks, device, tp, frozen):
     data = batch(3, 11)
-    _, grad_x, grad_weight, _ = zip(*ranks(tp)(step, tp, device, *data, frozen=[frozen]), strict=True)
+    results = ranks(tp)(step, tp, device, *data, frozen=[frozen])
+    _, grad_x, grad_weight, _ = zip(*results, strict=True)
     _, want_x, want_weight = reference(*data)
     if frozen == "x":
         assert set(grad_x) == {None}
@@ -243,14 +249,15 @@ def test_what_is_communicated(ranks, device, tp, chunk):
 @widths
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
 def test_half_inputs(ranks, device, tp, dtype, bound):
-    "The loss is fp32; against the same numbers in float64 the error of each result is below `bound` of its norm."
+    "The loss is fp32. Errors against the same numbers in float64, as a share of the result's norm."
     x, weight, targets, weights = batch(3, 11)
     data = x.to(dtype), weight.to(dtype), targets, weights.float()
     losses, grad_x, grad_weight, records = zip(*ranks(tp)(step, tp, device, *data), strict=True)
     assert losses[0].dtype == torch.float32
     assert grad_x[0].dtype == grad_weight[0].dtype == dtype
     assert {r.dtype for made in records for r in made if r.phase == "forward"} <= {"float32"}
-    for got, want in zip((losses[0], grad_x[0], torch.cat(grad_weight)), reference(*data), strict=True):
+    results = losses[0], grad_x[0], torch.cat(grad_weight)
+    for got, want in zip(results, reference(*data), strict=True):
         assert (got.double() - want).norm() <= bound * want.norm()
 
 
@@ -258,7 +265,8 @@ def test_half_inputs(ranks, device, tp, dtype, bound):
 def test_fp32(ranks, device, tp):
     data = tuple(t.float() if t.is_floating_point() else t for t in batch(3, 11))
     losses, grad_x, grad_weight, _ = zip(*ranks(tp)(step, tp, device, *data), strict=True)
-    for got, want in zip((losses[0], grad_x[0], torch.cat(grad_weight)), reference(*data), strict=True):
+    results = losses[0], grad_x[0], torch.cat(grad_weight)
+    for got, want in zip(results, reference(*data), strict=True):
         assert got.dtype == torch.float32
         assert (got.double() - want).norm() <= 1e-6 * want.norm()
 
@@ -279,16 +287,19 @@ def test_a_loss_scale_above_the_range_of_fp16(ranks, device, tp):
 def test_autocast(ranks, device, tp):
     "As with bf16 inputs, but the gradients have the type of the parameters."
     data = tuple(t.float() if t.is_floating_point() else t for t in batch(3, 11))
-    losses, grad_x, grad_weight, _ = zip(*ranks(tp)(step, tp, device, *data, autocast=True), strict=True)
+    results = ranks(tp)(step, tp, device, *data, autocast=True)
+    losses, grad_x, grad_weight, _ = zip(*results, strict=True)
     rounded = changed(data, x=data[0].bfloat16(), weight=data[1].bfloat16())
-    for got, want in zip((losses[0], grad_x[0], torch.cat(grad_weight)), reference(*rounded), strict=True):
+    results = losses[0], grad_x[0], torch.cat(grad_weight)
+    for got, want in zip(results, reference(*rounded), strict=True):
         assert got.dtype == torch.float32
         assert (got.double() - want).norm() <= 1e-2 * want.norm()
 
 
 def products(tp, device, x, weight, targets, weights):
-    "Losses and floating-point operations of matrix products: training, no_grad, inference, nothing to train."
-    x, weight = x.to(device).requires_grad_(), weight.chunk(tp)[rank_of(tp)].to(device).requires_grad_()
+    "Losses and operations in matrix products: training, no_grad, inference, nothing to train."
+    x = x.to(device).requires_grad_()
+    weight = weight.chunk(tp)[rank_of(tp)].to(device).requires_grad_()
     rest = targets.to(device), weights.to(device)
     options = {"group": group_of(tp), "vocab_size": VOCAB}
     losses, counts = [], []
@@ -326,7 +337,8 @@ def peak(fn):
 
 def test_memory_is_one_chunk_of_logits():
     n, v, h = 2048, 2000, 8
-    data = torch.randn(n, h), torch.randn(v, h, requires_grad=True), torch.zeros(n, dtype=torch.int64), torch.ones(n)
+    x, weight = torch.randn(n, h), torch.randn(v, h, requires_grad=True)
+    data = x, weight, torch.zeros(n, dtype=torch.int64), torch.ones(n)
 
     def fused():
         linear_cross_entropy(*data, vocab_size=v).backward()
@@ -349,7 +361,8 @@ def refused(tp, x, weight, targets, weights, vocab_size=VOCAB):
 @widths
 @pytest.mark.parametrize("wrong", [-1, -100, VOCAB, PADDED - 1, PADDED, 2**40])
 def test_targets_out_of_range(ranks, tp, wrong):
-    data = changed(batch(3), targets=torch.tensor([3, wrong, 5]), weights=torch.tensor([1.0, 0.5, 0.0]))
+    targets, weights = torch.tensor([3, wrong, 5]), torch.tensor([1.0, 0.5, 0.0])
+    data = changed(batch(3), targets=targets, weights=weights)
     for said in ranks(tp)(refused, tp, *data):
         assert f"target id {wrong} is out of range" in said
         assert f"from 0 to {VOCAB - 1}" in said and "weight 0" in said
@@ -376,12 +389,11 @@ def test_one_device_makes_no_collective():
     assert step(1, "cpu", *batch(3))[-1] == []
 
 
-def group_of_one(device, x, weight, targets, weights):
+def group_of_one(device, *data):
+    x, weight, targets, weights = (t.to(device) for t in data)
+    options = {"group": dist.group.WORLD, "vocab_size": VOCAB}
     with Ledger() as ledger:
-        loss = linear_cross_entropy(
-            x.to(device).requires_grad_(), weight.to(device), targets.to(device), weights.to(device),
-            group=dist.group.WORLD, vocab_size=VOCAB,
-        )
+        loss = linear_cross_entropy(x.requires_grad_(), weight, targets, weights, **options)
         loss.backward()
     return loss.detach().cpu(), ledger.count()
 

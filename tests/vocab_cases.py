@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 SIZES = [1, 2, 3, 4, 8]
-PADDED, VOCAB = 120, 101    # on 8 ranks: 15 columns each, rank 6 holds some padding, rank 7 nothing else
+PADDED, VOCAB = 120, 101    # 15 columns on each of 8 ranks: rank 6 has some padding, rank 7 all
 
 
 def group_of(tp):
@@ -27,7 +27,8 @@ def message(fn, *args, **kwargs):
 
 def normal(*shape, seed=0, dtype=torch.float64):
     "The same normal numbers on every rank and in every process."
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def integers(high, *shape, seed=0):

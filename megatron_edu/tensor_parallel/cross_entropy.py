@@ -17,7 +17,7 @@ def own_columns(
     targets: torch.Tensor,      # (n,) ids in the whole vocabulary; any value where not counted
     first: int,                 # the id of this rank's first column
     columns: int,               # v/t: number of this rank's columns
-) -> tuple[torch.Tensor, torch.Tensor]:     # (n,) column on this rank, or 0; (n,) is it this rank's?
+) -> tuple[torch.Tensor, torch.Tensor]:     # (n,) column on this rank or 0; (n,) whether it is here
     "Which targets have their column on this rank, and where."
     local = targets - first
     own = (local >= 0) & (local < columns)
@@ -30,19 +30,19 @@ def hide_padding(
     vocab_size: int,            # the first padding id
     fill: float = -torch.inf,   # what they become
 ) -> torch.Tensor:
-    "Set the columns of padding ids to minus infinity, in place: they take no part in the softmax."
+    "Overwrite the columns of padding ids: at minus infinity they take no part in the softmax."
     keep = max(0, min(logits.shape[1], vocab_size - first))
     logits[:, keep:] = fill
     return logits
 
 # %% ../../nbs/3_layers/05_cross_entropy.ipynb #b2f05e66
 def row_losses(
-    logits: torch.Tensor,               # (n, v/t), overwritten with exp(logit - largest of the row)
-    targets: torch.Tensor,              # (n,) ids in the whole vocabulary; any value where not counted
+    logits: torch.Tensor,           # (n, v/t), overwritten with exp(logit - largest of the row)
+    targets: torch.Tensor,          # (n,) ids in the whole vocabulary; any value where not counted
     group: dist.ProcessGroup | None,
-    vocab_size: int,                    # the first padding id
-) -> tuple[torch.Tensor, ...]:          # (n,) loss, sum of exponentials, column and own as `own_columns`
-    "Loss of each row by three all-reduces of one number a row: maximum, target logit, sum of exponentials."
+    vocab_size: int,                # the first padding id
+) -> tuple[torch.Tensor, ...]:      # (n,) loss, sum of exponentials, and what `own_columns` gives
+    "Loss of each row by three all-reduces of one number a row: maximum, target logit, sum."
     first = group_rank(group) * logits.shape[1]
     hide_padding(logits, first, vocab_size)
     column, own = own_columns(targets, first, logits.shape[1])
@@ -94,13 +94,13 @@ def check_targets(
 @torch.compiler.disable
 def vocab_parallel_cross_entropy(
     local_logits: torch.Tensor,                 # (..., v/t): this rank's columns; left intact
-    targets: torch.Tensor,                      # (...) ids in the whole vocabulary, equal on every rank
+    targets: torch.Tensor,                      # (...) ids in the whole vocabulary
     *,
     group: dist.ProcessGroup | None = None,     # the tensor-parallel group
-    vocab_size: int | None = None,              # columns from this id on are padding; None: there are none
+    vocab_size: int | None = None,              # columns from this id on are padding; None: none
     ignore_index: int = -100,                   # targets of this value have loss 0 and gradient 0
-) -> torch.Tensor:                              # (...) loss of each token in nats, equal on every rank
-    """Cross-entropy of logits whose columns are split over `group`, computed in fp32 for half inputs.
+) -> torch.Tensor:                              # (...) loss of each token in nats
+    """Cross-entropy of logits with columns split over `group`, computed in fp32 for half inputs.
 
     Forward: all-reduce of maximum, target logit and sum of exponentials, one number a token each
     (paper, section 3). Backward: no collective. Raises `ValueError` for targets outside the

@@ -21,7 +21,8 @@ def _check_on_host(ids: torch.Tensor, limit: int, what: str, remedy: str) -> Non
     outside = (ids < 0) | (ids >= limit)
     if outside.any():
         raise ValueError(
-            f"{what} {ids[outside][0].item()} is out of range: ids go from 0 to {limit - 1}; {remedy}"
+            f"{what} {ids[outside][0].item()} is out of range: "
+            f"ids go from 0 to {limit - 1}; {remedy}"
         )
 
 
@@ -48,8 +49,8 @@ def check_vocab_size(
     "Raise `ValueError` for an empty vocabulary, and for one with ids that have no row."
     if not 0 < vocab_size <= rows:
         raise ValueError(
-            f"vocab_size={vocab_size} is not from 1 to {rows}, the rows of the whole table: every id "
-            f"needs a row; pass the number of ids the tokenizer has, or a larger table"
+            f"vocab_size={vocab_size} is not from 1 to {rows}, the rows of the whole table: every "
+            f"id needs a row; pass the number of ids the tokenizer has, or a larger table"
         )
 
 # %% ../../nbs/3_layers/04_embedding.ipynb #13d41498

@@ -17,24 +17,24 @@ CHUNK = 512     # rows of logits that exist at one time
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #1735190e
 def _softmax_rows(logits, targets, group, vocab_size):
-    "Losses of a few rows, which become this rank's own softmax; times `scale` they are the whole one."
+    "Losses of a few rows, which become this rank's own softmax; times `scale` it is the whole one."
     first = group_rank(group) * logits.shape[1]
     # finite: of nothing but minus infinity, a rank's own softmax would be 0 / 0
     hide_padding(logits, first, vocab_size, fill=torch.finfo(logits.dtype).min)
     column, own = own_columns(targets, first, logits.shape[1])
     largest = logits.amax(-1)
     target = logits.gather(1, column[:, None])[:, 0].where(own, 0)
-    torch.softmax(logits, -1, out=logits)               # one pass over a row that is still in the cache
-    share = 1 / logits.amax(-1)                         # sum of exp(logit - largest)
+    torch.softmax(logits, -1, out=logits)       # one pass over a row that is still in the cache
+    share = 1 / logits.amax(-1)                 # sum of exp(logit - largest)
     highest = all_reduce(largest, group, "max")
     target = all_reduce(target, group, inplace=True)
     share = share * (largest - highest).exp()
     total = all_reduce(share, group)
-    return total.log() + highest - target, share / total, column, own
+    return total.log() + (highest - target), share / total, column, own
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #98dd362d
 def _chunk_loss(x, weight, targets, weights, group, vocab_size, scratch, gradients):
-    "Weighted loss of a few rows. Fills their part of x's gradient and adds to the weight's, unless there are none."
+    "Weighted loss of a few rows. Fills their part of x's gradient, adds to the weight's, if given."
     logits, narrow, piece = scratch
     torch.mm(x, weight.t(), out=narrow)
     if narrow is not logits:
@@ -42,7 +42,7 @@ def _chunk_loss(x, weight, targets, weights, group, vocab_size, scratch, gradien
     losses, scale, column, own = _softmax_rows(logits, targets, group, vocab_size)
     if gradients is not None:
         grad_x, grad_weight = gradients
-        logits.mul_((weights * scale)[:, None])                             # from here on: the logits' gradient
+        logits.mul_((weights * scale)[:, None])     # from here on: the logits' gradient
         logits.scatter_add_(1, column[:, None], -(weights * own)[:, None])
         if narrow is not logits:
             narrow.copy_(logits)
@@ -55,7 +55,7 @@ def _chunk_loss(x, weight, targets, weights, group, vocab_size, scratch, gradien
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #7d00430e
 def _scratch(x, weight, wide):
-    "Arrays that all chunks share: logits in fp32 and in x's type, and one product for the weight's gradient."
+    "Arrays that chunks share: logits in fp32 and in x's type, a product for the weight's gradient."
     logits = x.new_empty((min(CHUNK, len(x)), len(weight)), dtype=wide)
     if wide == x.dtype:
         return logits, logits, None
@@ -85,26 +85,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         grad_x, grad_weight = ctx.saved_tensors
-        scaled = (grad_x.to(grad.dtype) * grad).to(grad_x.dtype)    # a loss scale may not fit in fp16
+        scaled = (grad_x.to(grad.dtype) * grad).to(grad_x.dtype)    # a loss scale may not fit fp16
         grad_x = all_reduce(scaled, ctx.group, inplace=True)
         return grad_x, grad_weight * grad, None, None, None, None, None
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #22f676e9
 @torch.compiler.disable
 def linear_cross_entropy(
-    x: torch.Tensor,                            # (..., h) input of the output layer, equal on every rank
+    x: torch.Tensor,                            # (..., h) input of the output layer, whole
     weight: torch.Tensor,                       # (v/t, h): this rank's rows of the output layer
-    targets: torch.Tensor,                      # (...) ids in the whole vocabulary; any where the weight is 0
-    weights: torch.Tensor,                      # (...) what each token counts
+    targets: torch.Tensor,                      # (...) ids in the whole vocabulary
+    weights: torch.Tensor,                      # (...) what each token counts; 0 allows any target
     *,
     group: dist.ProcessGroup | None = None,     # the tensor-parallel group
     vocab_size: int,                            # rows from this id on are padding
 ) -> torch.Tensor:                              # scalar: sum of weight x loss, in nats
-    """The output layer (f and a matrix product) and its cross-entropy, without ever holding all logits.
+    """The output layer (f and a matrix product) and its cross-entropy, without holding all logits.
 
-    Forward: for every 512 tokens the local logits, three all-reduces of one number a token, and both
-    gradients if they are needed. Backward: one all-reduce of the input's gradient. Raises `ValueError`
-    for targets outside the vocabulary and for shapes that do not fit.
+    Forward: for every 512 tokens the local logits, three all-reduces of one number a token, and
+    both gradients if they are needed. Backward: one all-reduce of the input's gradient. Raises
+    `ValueError` for targets outside the vocabulary and for shapes that do not fit.
     """
     if weights.shape != targets.shape:
         raise ValueError(
