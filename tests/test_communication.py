@@ -36,7 +36,7 @@ LOSSES = {"model.loss": model_loss, "logits, then loss": separate_loss}
 
 
 def one_step(tp, dp, loss_of, recompute, device, dtype=torch.float64, autocast=None):
-    "How often each collective of a training step came: {(phase, op, axis, dtype, elements): times}."
+    "How often each collective of a step came: {(phase, op, axis, dtype, elements): times}."
     mine = groups(tp, dp, device)
     changed = config(num_layers=LAYERS, recompute=recompute)
     model, _ = pair(changed, mine.tp_group, dtype, device)
