@@ -86,16 +86,22 @@ def _run(payload: bytes) -> _Answer:
     return _Answer("result", result, printed.getvalue())
 
 # %% ../nbs/1_ranks/01_ranks.ipynb #d5dcc875
-def _end_with_parent() -> None:
-    "Wait for the end of the parent process, and end this one with it."
+def _leave(rendezvous: str) -> None:
+    "End this rank at once. A tidy end would wait for peers in a half-finished collective."
+    shutil.rmtree(os.path.dirname(rendezvous), ignore_errors=True)
+    os._exit(0)
+
+
+def _leave_with_parent(rendezvous: str) -> None:
+    "Wait for the end of the parent process, however it comes, and end this one."
     multiprocessing.parent_process().join()
-    os._exit(1)
+    _leave(rendezvous)
 
 
 def _serve(rank, size, rendezvous, backend, timeout, threads, pipe) -> None:
     "What a rank does all its life: join the world, then run what comes through the pipe."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the ranks
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_leave_with_parent, args=(rendezvous,), daemon=True).start()
     try:
         torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // size))
         join_world(rank, size, rendezvous, backend, timeout)
@@ -107,7 +113,7 @@ def _serve(rank, size, rendezvous, backend, timeout, threads, pipe) -> None:
     except Exception:
         pipe.send(_Answer("error", traceback.format_exc()))
     finally:
-        os._exit(0)  # no clean-up: a rank in a half-finished collective would wait for its peers
+        _leave(rendezvous)
 
 # %% ../nbs/1_ranks/01_ranks.ipynb #14e64f1c
 @dataclass

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -49,6 +50,13 @@ def four():
     "One object for all cases: after each failure it must start new ranks."
     with Ranks(4, threads=1) as world:
         yield world
+
+
+@pytest.fixture
+def folder():
+    "A new folder whose name is short, as the name of a socket in it has a limit of 104 characters."
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        yield Path(name)
 
 
 # What a call gives
@@ -283,11 +291,12 @@ def test_a_rank_that_exits_is_reported_with_its_code(four):
 
 
 @pytest.mark.parametrize("how", ["close", "with", "forget"])
-def test_the_ranks_end_with_their_object(how, tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_the_ranks_end_with_their_object(how, folder, monkeypatch, four):
+    four(os.getpid)  # the fork server is there, and its socket in the usual place
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
     world = Ranks(2, threads=1)
     pids = world(os.getpid)
-    assert all(map(exists, pids)) and list(tmp_path.glob("megatron_edu_ranks_*"))
+    assert all(map(exists, pids)) and list(folder.glob("megatron_edu_ranks_*"))
     if how == "close":
         world.close()
     elif how == "with":
@@ -297,7 +306,7 @@ def test_the_ranks_end_with_their_object(how, tmp_path, monkeypatch):
         del world
         gc.collect()
     assert all_gone(pids)
-    assert not list(tmp_path.glob("megatron_edu_ranks_*"))
+    assert not list(folder.glob("megatron_edu_ranks_*"))
 
 
 def test_a_closed_world_starts_again(four):
@@ -311,17 +320,23 @@ def start_script(folder: Path, text: str, **variables: str) -> subprocess.Popen:
     "Run a plain script, without `__main__` guard, in a session of its own."
     header = "import os, sys, time\nfrom megatron_edu.ranks import Ranks\n"
     header += "print('top', flush=True)\n"
+    (folder / "tmp").mkdir()
     script = folder / "script.py"
     script.write_text(header + textwrap.dedent(text))
     return subprocess.Popen(
         [sys.executable, script],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+def nothing_stays(folder: Path, pids: list[int]) -> bool:
+    "No process of a script, and no folder of a world."
+    return all_gone(pids) and not list(folder.glob("tmp/megatron_edu_ranks_*"))
 
 
 def first_lines(process: subprocess.Popen) -> list[int]:
@@ -344,27 +359,27 @@ PIDS = "ranks = Ranks(2)\nprint(*ranks(os.getpid), flush=True)\n"
     ],
     ids=["end", "raise", "sys.exit", "os._exit", "rank error"],
 )
-def test_a_script_without_guard_leaves_nothing(tmp_path, ending, code, traceback):
-    process = start_script(tmp_path, PIDS + ending)
+def test_a_script_without_guard_leaves_nothing(folder, ending, code, traceback):
+    process = start_script(folder, PIDS + ending)
     pids = first_lines(process)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == code
     assert rest == ""
     assert errors.count(traceback) == 1 if traceback else errors == ""
-    assert len(pids) == 2 and all_gone(pids)
+    assert len(pids) == 2 and nothing_stays(folder, pids)
 
 
-def test_ranks_end_when_their_parent_is_killed_even_if_they_are_busy(tmp_path):
-    process = start_script(tmp_path, PIDS + "ranks(lambda: [None for _ in iter(int, 1)])")
+def test_ranks_end_when_their_parent_is_killed_even_if_they_are_busy(folder):
+    process = start_script(folder, PIDS + "ranks(lambda: [None for _ in iter(int, 1)])")
     pids = first_lines(process)
     time.sleep(0.3)
     assert all(map(exists, pids))
     process.kill()
     process.communicate(timeout=60)
-    assert all_gone(pids)
+    assert nothing_stays(folder, pids)
 
 
-def test_ctrl_c_ends_the_ranks_and_the_object_stays_usable(tmp_path):
+def test_ctrl_c_ends_the_ranks_and_the_object_stays_usable(folder):
     text = """
         try:
             ranks(time.sleep, 60)
@@ -372,7 +387,7 @@ def test_ctrl_c_ends_the_ranks_and_the_object_stays_usable(tmp_path):
             print("interrupted", flush=True)
         print(*ranks(os.getpid), flush=True)
     """
-    process = start_script(tmp_path, PIDS + textwrap.dedent(text))
+    process = start_script(folder, PIDS + textwrap.dedent(text))
     before = first_lines(process)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the script and to its ranks
@@ -381,24 +396,24 @@ def test_ctrl_c_ends_the_ranks_and_the_object_stays_usable(tmp_path):
     interrupted, after = rest.splitlines()
     assert interrupted == "interrupted"
     assert not set(before) & set(after.split())
-    assert all_gone(before + [int(pid) for pid in after.split()])
+    assert nothing_stays(folder, before + [int(pid) for pid in after.split()])
 
 
-def test_ctrl_c_between_calls_leaves_the_ranks_alone(tmp_path):
+def test_ctrl_c_between_calls_leaves_the_ranks_alone(folder):
     text = """
         try:
             time.sleep(60)
         except KeyboardInterrupt:
             print(*ranks(os.getpid), flush=True)
     """
-    process = start_script(tmp_path, PIDS + textwrap.dedent(text))
+    process = start_script(folder, PIDS + textwrap.dedent(text))
     before = first_lines(process)
     time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)
     rest, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and errors == ""
     assert [int(pid) for pid in rest.split()] == before
-    assert all_gone(before)
+    assert nothing_stays(folder, before)
 
 
 # Side by side
@@ -469,9 +484,9 @@ def test_nccl_wants_a_gpu_a_rank(monkeypatch):
         Ranks(2, backend="nccl")
 
 
-def test_a_network_device_chosen_for_a_cluster_does_not_matter(tmp_path):
+def test_a_network_device_chosen_for_a_cluster_does_not_matter(folder):
     text = PIDS + "import torch.distributed as dist\nranks(dist.barrier)"
-    process = start_script(tmp_path, text, GLOO_SOCKET_IFNAME="nowhere0")
+    process = start_script(folder, text, GLOO_SOCKET_IFNAME="nowhere0")
     pids = first_lines(process)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and errors == ""
