@@ -22,7 +22,9 @@ QUANTITIES = ["loss", "sharded", "replicated", "norm"]
 
 
 @pytest.mark.parametrize("check", QUANTITIES)
-@pytest.mark.parametrize("error, red", [(0.0, 0), (ATOL, 0), (2e-10, 1), (math.inf, 1), (math.nan, 1)])
+@pytest.mark.parametrize(
+    "error, red", [(0.0, 0), (ATOL, 0), (2e-10, 1), (math.inf, 1), (math.nan, 1)]
+)
 def test_report(check, error, red):
     report = Report(**{name: error if name == check else 0.0 for name in CHECKS})
     assert report.red == [check] * red

@@ -66,8 +66,8 @@ def test_norm_is_the_references(ranks, device, tp, dtype, rtol):
 
 @widths
 def test_float16_gradients_do_not_overflow(ranks, device, tp):
-    for norm, want, _ in ranks(tp)(norms, tp, device, torch.float16, 500.0):
-        assert want > torch.finfo(torch.float16).max
+    for norm, want, _ in ranks(tp)(norms, tp, device, torch.float16, 100.0):
+        assert torch.finfo(torch.float16).max < want < math.inf
         assert norm == pytest.approx(want, rel=1e-6)
 
 
