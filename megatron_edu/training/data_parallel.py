@@ -28,10 +28,11 @@ class _LossOf(nn.Module):
 
 # %% ../../nbs/6_training/03_data_parallel.ipynb #6c584785
 class DataParallel:
-    """A model whose gradients are averaged over the replicas during the backward pass, by PyTorch's DDP.
+    """A model whose gradients are averaged over replicas in the backward pass, by PyTorch's DDP.
 
-    The average of the replicas is the global batch's gradient when each passes
-    `num_tokens = counted tokens of the global batch / replicas` to `loss`. Without a group it is the model alone.
+    The average is the gradient of the global batch when every replica passes to `loss` as
+    `num_tokens` the counted tokens of the global batch / replicas. All begin with the weights of
+    the first replica. Without a group, or with one rank in it, this is the model alone.
     """
 
     def __init__(
@@ -42,12 +43,18 @@ class DataParallel:
         self.module = module
         self._ddp = None
         if group_size(group) > 1:
-            self._ddp = DistributedDataParallel(_LossOf(module), process_group=group, gradient_as_bucket_view=True)
+            self._ddp = DistributedDataParallel(
+                _LossOf(module),
+                process_group=group,
+                gradient_as_bucket_view=True,
+            )
 
     def loss(self, *args, **kwargs) -> torch.Tensor:
         "The module's loss. Its backward pass averages the gradients over the replicas."
-        return self.module.loss(*args, **kwargs) if self._ddp is None else self._ddp(*args, **kwargs)
+        if self._ddp is None:
+            return self.module.loss(*args, **kwargs)
+        return self._ddp(*args, **kwargs)
 
     def no_sync(self) -> contextlib.AbstractContextManager:
-        "Inside, gradients gather on each replica alone: for all micro-batches of a step but the last."
+        "Inside, replicas sum gradients alone: for all micro-batches of a step but the last."
         return contextlib.nullcontext() if self._ddp is None else self._ddp.no_sync()

@@ -12,20 +12,24 @@ import torch
 
 from .optimizer import OptimizerConfig
 
-# %% ../../nbs/6_training/02_schedule.ipynb #ba933720
+# %% ../../nbs/6_training/02_schedule.ipynb #8a556262
 def learning_rate(
     step: int,                  # 1 for the first
     steps: int,                 # of the whole run
     config: OptimizerConfig,
 ) -> float:
-    "Rises in a straight line to `lr` over the warm-up, then falls to `min_lr` along a half cosine over the rest (paper, 4.2)."
+    """The rate of a step: a straight rise to `lr`, then a half cosine to `min_lr` (paper, 4.2).
+
+    The warm-up ends at `lr`; the cosine takes all other steps and ends at `min_lr` with the last.
+    A run shorter than its warm-up ends on the way up.
+    """
     warmup = config.warmup_steps
     if step <= warmup:
         return config.lr * step / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
-
+# %% ../../nbs/6_training/02_schedule.ipynb #402c4da0
 def set_learning_rate(
     optimizer: torch.optim.Optimizer,
     lr: float,
