@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'OPTIMIZER', 'CONFIG', 'STATE', 'MOMENTS', 'checkpoint_folder', 'latest_checkpoint', 'write_folder',
-           'save_checkpoint', 'load_model', 'load_weights', 'load_optimizer', 'load_state']
+           'save_checkpoint', 'load_state', 'load_weights', 'load_model', 'load_optimizer']
 
 # %% ../../nbs/6_training/04_checkpoint.ipynb #6599df81
 import json
@@ -13,175 +13,230 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import safetensors
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..comm import all_reduce
+from ..comm import broadcast
 from ..config import GPT2Config
 from ..mesh import ParallelDims, ParallelGroups
 from ..models.gpt2 import GPT2
 from ..tensor_parallel.shard import gather_tensors, shard_state_dict
 
-# %% ../../nbs/6_training/04_checkpoint.ipynb #1c82df35
+# %% ../../nbs/6_training/04_checkpoint.ipynb #ff466528
 MODEL = "model.safetensors"             # full, unsharded weights
-OPTIMIZER = "optimizer.safetensors"     # full, unsharded moments: "exp_avg.<name>" and "exp_avg_sq.<name>"
-CONFIG = "config.json"                  # the resolved configuration; "model" holds GPT2Config's fields
+OPTIMIZER = "optimizer.safetensors"     # full moments: "exp_avg.<name>" and "exp_avg_sq.<name>"
+CONFIG = "config.json"                  # the resolved configuration; "model": GPT2Config's fields
 STATE = "state.json"                    # step, samples consumed
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# %% ../../nbs/6_training/04_checkpoint.ipynb #5fa469d5
+# %% ../../nbs/6_training/04_checkpoint.ipynb #cb4793da
 def checkpoint_folder(run: Path, step: int) -> Path:
     "Where the checkpoint of a step lies in a run's folder."
-    return run / f"step-{step:08d}"
+    return Path(run) / f"step-{step:08d}"
 
 
 def latest_checkpoint(
     run: Path,              # folder of a run
 ) -> Path | None:           # None where there is none
     "The last complete checkpoint of a run. Half-written ones have another name."
-    found = sorted(run.glob("step-[0-9]*"))
-    return found[-1] if found else None
+    steps = {path: path.name.removeprefix("step-") for path in Path(run).glob("step-*")}
+    found = [path for path, step in steps.items() if step.isdecimal()]
+    return max(found, key=lambda path: int(steps[path]), default=None)
 
-# %% ../../nbs/6_training/04_checkpoint.ipynb #22671d1a
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str) -> dict[str, torch.Tensor]:
-    "This rank's slices of one kind of moment, by parameter name; empty before the first step."
-    return {
-        name: optimizer.state[p][kind]
-        for name, p in model.named_parameters()
-        if p in optimizer.state
-    }
+# %% ../../nbs/6_training/04_checkpoint.ipynb #d6fe706b
+def _write_files(
+    folder: Path,
+    tensors: dict[str, dict[str, torch.Tensor]],
+    documents: dict[str, dict],
+) -> None:
+    "Make the folder and its files, and wait until the disk has them."
+    folder.mkdir(parents=True)
+    for name, content in documents.items():
+        (folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n")
+    for name, content in tensors.items():
+        whole = {key: tensor.contiguous().cpu() for key, tensor in content.items()}
+        save_file(whole, folder / name, metadata={"format": "pt"})
+    for path in folder.iterdir():
+        with path.open("rb+") as stream:
+            os.fsync(stream.fileno())
 
-# %% ../../nbs/6_training/04_checkpoint.ipynb #f5582f84
+# %% ../../nbs/6_training/04_checkpoint.ipynb #22ae3560
 def write_folder(
     folder: Path,
     tensors: dict[str, dict[str, torch.Tensor]],    # by name of a safetensors file
     documents: dict[str, dict],                     # by name of a JSON file
 ) -> None:
-    "Write aside, then rename: `folder` is there whole or not at all. Raises `OSError` if it cannot be written."
-    partial = folder.with_name(f".{folder.name}.partial")
+    """Write aside, then rename: `folder` is there whole or not at all.
+
+    Raises `OSError` if it cannot be written.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        for name, content in documents.items():
-            (partial / name).write_text(json.dumps(content, indent=1, default=str) + "\n")
-        for name, content in tensors.items():
-            save_file({key: t.contiguous().cpu() for key, t in content.items()}, partial / name, metadata={"format": "pt"})
-        for path in partial.iterdir():
-            with path.open("rb+") as stream:
-                os.fsync(stream.fileno())
-        shutil.rmtree(folder, ignore_errors=True)
+        _write_files(partial, tensors, documents)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.replace(old)
         partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
             f"{folder} could not be saved ({error}); earlier checkpoints are untouched; "
             f"free some space or choose another folder, then resume"
         ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../../nbs/6_training/04_checkpoint.ipynb #39c2d74b
+# %% ../../nbs/6_training/04_checkpoint.ipynb #b63618d0
+def _moments(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    kind: str,
+) -> dict[str, torch.Tensor]:       # by parameter name; empty before the first step
+    "This rank's slices of one kind of moment."
+    state = optimizer.state
+    return {name: state[p][kind] for name, p in model.named_parameters() if p in state}
+
+
+def _from_writer(
+    text: str,                      # on the first rank of the world
+    device: torch.device,
+) -> str:                           # the same on every rank
+    "Give all ranks a text of up to 1000 bytes. Every rank calls it; none goes on before the first."
+    if not dist.is_initialized():
+        return text
+    wire = torch.zeros(1000, dtype=torch.uint8)
+    encoded = text.encode()[:1000]
+    wire[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    wire = broadcast(wire.to(device), dist.group.WORLD)
+    return bytes(wire.tolist()).rstrip(b"\0").decode(errors="ignore")
+
+# %% ../../nbs/6_training/04_checkpoint.ipynb #eeb92908
 def save_checkpoint(
     run: Path,                                      # folder of the run
     step: int,                                      # steps done
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None = None, # None: weights only
     *,
-    state: dict | None = None,                      # what else to go on with, e.g. samples consumed
+    state: dict | None = None,                      # what else to go on with: samples consumed, ...
     config: dict | None = None,                     # the run's configuration, beside the model's
     groups: ParallelGroups | None = None,           # None: one device
 ) -> Path:                                          # the checkpoint's folder
-    """Save weights, moments, state and configuration in full layout. All ranks call it; one of them writes.
+    """Save weights, moments, state and configuration in full layout. All ranks call it.
 
-    Raises `OSError` on every rank if the disk is full or not writable; earlier checkpoints stay whole.
+    The first rank writes. Raises `OSError` with its reason on every rank if the disk is full or
+    not writable; earlier checkpoints stay whole.
     """
     groups = groups or ParallelGroups(ParallelDims())
-    folder = checkpoint_folder(run, step)
-    failure = None
+    folder, failure = checkpoint_folder(run, step), ""
     if groups.dp_rank == 0:
         tensors = {MODEL: gather_tensors(dict(model.named_parameters()), model)}
         if optimizer is not None:
-            tensors[OPTIMIZER] = {
-                f"{kind}.{name}": tensor
-                for kind in MOMENTS
-                for name, tensor in gather_tensors(_moments(model, optimizer, kind), model).items()
-            }
+            tensors[OPTIMIZER] = _gather_moments(model, optimizer)
         if groups.tp_rank == 0:
-            documents = {
-                CONFIG: {**(config or {}), "model": asdict(model.config)},
-                STATE: {"step": step, **(state or {})},
-            }
+            described = {**(config or {}), "model": asdict(model.config)}
             try:
+                documents = {CONFIG: described, STATE: {"step": step, **(state or {})}}
                 write_folder(folder, tensors, documents)
             except OSError as error:
-                failure = error
-    world = dist.group.WORLD if dist.is_initialized() else None
-    failed = all_reduce(torch.tensor(int(failure is not None), device=next(model.parameters()).device), world, "max")
-    if failed:
-        raise failure or OSError(f"{folder} could not be saved; rank 0 says why")
+                failure = str(error)
+    failure = _from_writer(failure, next(model.parameters()).device)
+    if failure:
+        raise OSError(failure)
     return folder
 
-# %% ../../nbs/6_training/04_checkpoint.ipynb #ff466528
+# %% ../../nbs/6_training/04_checkpoint.ipynb #2ff4332e
+def _gather_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    "Full moments under the names of their file."
+    found = {}
+    for kind in MOMENTS:
+        full = gather_tensors(_moments(model, optimizer, kind), model)
+        found.update({f"{kind}.{name}": tensor for name, tensor in full.items()})
+    return found
+
+# %% ../../nbs/6_training/04_checkpoint.ipynb #2162ba66
 def _read_json(path: Path) -> dict:
+    "The object in a JSON file of a checkpoint."
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint's file ({error}); name a folder step-NNNNNNNN of a run"
-        ) from None
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+        error = f"it holds a {type(content).__name__}, not an object"
+    except (OSError, ValueError) as reason:
+        error = reason
+    raise ValueError(
+        f"{path} cannot be read as a checkpoint's file ({error}); "
+        "name a folder step-NNNNNNNN of a run"
+    )
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    "All tensors of a safetensors file."
     try:
-        with safe_open(path, "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); use another checkpoint") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); use another checkpoint"
+        ) from None
 
-# %% ../../nbs/6_training/04_checkpoint.ipynb #cb4793da
-def load_model(
-    folder: Path,                                   # a checkpoint's folder
-    group: dist.ProcessGroup | None = None,         # tensor-parallel group: of any size
-) -> GPT2:
-    "Build the model that a checkpoint describes, with its weights. Raises `ValueError` for a damaged folder."
-    fields = _read_json(Path(folder) / CONFIG).get("model")
-    try:
-        config = GPT2Config(**fields)
-    except TypeError as error:
-        raise ValueError(f"{folder}/{CONFIG} describes no GPT-2 ({error})") from None
-    model = GPT2(config, group)
-    load_weights(folder, model)
-    return model
+# %% ../../nbs/6_training/04_checkpoint.ipynb #dbecc0d1
+def load_state(
+    folder: Path,
+) -> dict:      # step and what else was saved
+    "What a run needs besides tensors to go on. Raises `ValueError` for a damaged file."
+    state = _read_json(Path(folder) / STATE)
+    if not isinstance(state.get("step"), int):
+        raise ValueError(f"{folder}/{STATE} names no step ({state}); use another checkpoint")
+    return state
 
 
 def load_weights(
     folder: Path,
     model: nn.Module,
 ) -> None:
-    "Load this rank's slices of a checkpoint's weights. Raises `ValueError` if they do not fit the model."
+    "Load this rank's slices of a checkpoint's weights. `ValueError` if they do not fit the model."
     model.load_state_dict(shard_state_dict(_read_tensors(Path(folder) / MODEL), model))
 
 
+def load_model(
+    folder: Path,                                   # a checkpoint's folder
+    group: dist.ProcessGroup | None = None,         # tensor-parallel group: of any size
+) -> GPT2:
+    "Build the model that a checkpoint describes, with its weights. `ValueError` if damaged."
+    fields = _read_json(Path(folder) / CONFIG).get("model")
+    try:
+        config = GPT2Config(**fields)
+    except TypeError as error:
+        raise ValueError(
+            f"{folder}/{CONFIG} describes no GPT-2 ({error}); use another checkpoint"
+        ) from None
+    model = GPT2(config, group)
+    load_weights(folder, model)
+    return model
+
+# %% ../../nbs/6_training/04_checkpoint.ipynb #4485e086
 def load_optimizer(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    "Load this rank's slices of a checkpoint's moments, for as many steps as it has done."
+    """Load this rank's slices of a checkpoint's moments, and the steps that they have seen.
+
+    Raises `ValueError` if they do not fit the model. Moments of step 0 are none.
+    """
     full = _read_tensors(Path(folder) / OPTIMIZER)
     step = float(load_state(folder)["step"])
     parameters = dict(model.named_parameters())
+    if not full and step == 0:
+        return
     for kind in MOMENTS:
-        moments = {k.removeprefix(f"{kind}."): t for k, t in full.items() if k.startswith(f"{kind}.")}
+        start = f"{kind}."
+        moments = {k.removeprefix(start): t for k, t in full.items() if k.startswith(start)}
         for name, moment in shard_state_dict(moments, model).items():
-            parameter = parameters[name]
-            optimizer.state[parameter][kind] = moment.to(parameter, copy=True)
-            optimizer.state[parameter]["step"] = torch.tensor(step, device=parameter.device)
-
-
-def load_state(
-    folder: Path,
-) -> dict:      # step and what else was saved
-    "What a run needs besides tensors to go on."
-    return _read_json(Path(folder) / STATE)
+            state = optimizer.state[parameters[name]]
+            state[kind] = moment.to(parameters[name], copy=True)
+            state["step"] = torch.tensor(step, device=parameters[name].device)

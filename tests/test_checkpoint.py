@@ -1,0 +1,276 @@
+"Checkpoints: any number of ranks goes on where any other stopped; nothing half-written is left."
+
+import errno
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from megatron_edu import reference
+from megatron_edu.config import GPT2Config
+from megatron_edu.mesh import ParallelDims
+from megatron_edu.models.gpt2 import GPT2
+from megatron_edu.tensor_parallel.norm import clip_grad_norm
+from megatron_edu.tensor_parallel.shard import gather_state_dict
+from megatron_edu.training import checkpoint
+from megatron_edu.training.checkpoint import (
+    latest_checkpoint,
+    load_model,
+    load_optimizer,
+    load_state,
+    load_weights,
+    save_checkpoint,
+    write_folder,
+)
+from megatron_edu.training.optimizer import OptimizerConfig, make_optimizer
+
+TINY = GPT2Config(2, 32, 4, vocab_size=90, max_seq_len=12, dropout=0.0, vocab_multiple=24)
+FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+
+
+def batch(number):
+    "Input ids and labels, (4, 12)."
+    ids = torch.randint(90, (4, 13), generator=torch.Generator().manual_seed(number))
+    return ids[:, :-1], ids[:, 1:]
+
+
+def step(model, optimizer, number) -> float:
+    "One step of training on batch `number`; its loss."
+    optimizer.zero_grad()
+    loss = model.loss(*batch(number))
+    loss.backward()
+    clip_grad_norm(model, 0.1)
+    optimizer.step()
+    return loss.item()
+
+
+def new(group=None):
+    "A float64 model and its optimizer."
+    model = GPT2(TINY, group).double()
+    return model, make_optimizer(model, OptimizerConfig(lr=1e-2))
+
+
+def first_steps(run, tp, dp=1):
+    "Three steps, a checkpoint, and what the next two steps would have been."
+    groups = ParallelDims(tp=tp, dp=dp).build()
+    model, optimizer = new(groups.tp_group)
+    for number in range(3):
+        step(model, optimizer, number)
+    save_checkpoint(run, 3, model, optimizer, state={"consumed": 12}, groups=groups)
+    return [step(model, optimizer, number) for number in (3, 4)], gather_state_dict(model)
+
+
+def next_steps(run, tp):
+    "The two steps after a checkpoint."
+    group = ParallelDims(tp=tp).build().tp_group
+    model, optimizer = new(group)
+    load_weights(run / "step-00000003", model)
+    load_optimizer(run / "step-00000003", model, optimizer)
+    return [step(model, optimizer, number) for number in (3, 4)], gather_state_dict(model)
+
+
+@pytest.mark.world(4)
+@pytest.mark.parametrize("before", [2, 4])
+def test_another_number_of_ranks_takes_the_same_next_steps(ranks, tmp_path, before):
+    losses, weights = ranks(before)(first_steps, tmp_path, before)[0]
+    for after in (1, 2, 4):
+        continued = ranks(after)(next_steps, tmp_path, after) if after > 1 else None
+        for found, state in continued or [next_steps(tmp_path, 1)]:
+            torch.testing.assert_close(found, losses, rtol=0, atol=1e-10)
+            torch.testing.assert_close(state, weights, rtol=0, atol=1e-10)
+
+
+@pytest.mark.world(4)
+def test_replicas_write_once_and_the_files_are_those_of_one_rank(ranks, tmp_path):
+    ranks(4)(first_steps, tmp_path / "grid", 2, 2)
+    first_steps(tmp_path / "one", 1)
+    for name in FILES[1:3]:
+        opened = [safe_open(tmp_path / run / "step-00000003" / name, "pt") for run in ("grid", "one")]
+        grid, one = ({key: file.get_tensor(key) for key in file.keys()} for file in opened)
+        torch.testing.assert_close(grid, one, rtol=0, atol=1e-10)
+    assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == ["step-00000003"]
+
+
+def test_the_folder_holds_four_files_and_the_reference_reads_the_weights(tmp_path):
+    model, optimizer = new()
+    step(model, optimizer, 0)
+    folder = save_checkpoint(tmp_path, 1, model, optimizer, state={"consumed": 4})
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert json.loads((folder / "config.json").read_text())["model"]["hidden_size"] == 32
+    assert load_state(folder) == {"step": 1, "consumed": 4}
+    plain = reference.GPT2(TINY, seed=7).double()
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        plain.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    assert torch.equal(plain.loss(*batch(0)), reference_loss(model))
+
+
+def reference_loss(model):
+    twin = reference.GPT2(TINY).double()
+    twin.load_state_dict(model.state_dict())
+    return twin.loss(*batch(0))
+
+
+def test_a_step_that_forgets_the_moments_is_another_step(tmp_path):
+    losses, _ = first_steps(tmp_path, 1)
+    model, optimizer = new()
+    load_weights(tmp_path / "step-00000003", model)
+    found = [step(model, optimizer, number) for number in (3, 4)]
+    assert found[0] == pytest.approx(losses[0], abs=1e-10)
+    assert abs(found[1] - losses[1]) > 1e-6
+
+
+def test_before_the_first_step_there_are_no_moments(tmp_path):
+    model, optimizer = new()
+    folder = save_checkpoint(tmp_path, 0, model, optimizer)
+    load_optimizer(folder, model, optimizer)
+    assert not optimizer.state
+
+
+def test_the_latest_is_the_highest_whole_one(tmp_path):
+    assert latest_checkpoint(tmp_path / "nothing") is None
+    for name in ("step-99999999", "step-100000000", ".step-200000000.partial", "step-3-copy"):
+        (tmp_path / name).mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "step-100000000"
+
+
+def fail_after_half(tensors, path, metadata):
+    path.write_bytes(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, number):
+    first_steps(tmp_path, 1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "step-00000003").iterdir()}
+    monkeypatch.setattr(checkpoint, "save_file", fail_after_half)
+    with pytest.raises(OSError, match=f"step-0000000{number} could not be saved .*No space left"):
+        save_checkpoint(tmp_path, number, *new())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    after = {path.name: path.read_bytes() for path in (tmp_path / "step-00000003").iterdir()}
+    assert after == before
+
+
+def save_to_a_full_disk(run, tp, dp):
+    "What this rank is told, and whether it can go on."
+    checkpoint.save_file = fail_after_half
+    groups = ParallelDims(tp=tp, dp=dp).build()
+    try:
+        save_checkpoint(run, 1, *new(groups.tp_group), groups=groups)
+        told = None
+    except OSError as error:
+        told = str(error)
+    finally:
+        checkpoint.save_file = SAVE_FILE
+    total = torch.ones(())
+    dist.all_reduce(total)
+    return told, total.item()
+
+
+SAVE_FILE = checkpoint.save_file
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2)])
+def test_every_rank_is_told_why(ranks, tmp_path, tp, dp):
+    for told, total in ranks(2)(save_to_a_full_disk, tmp_path, tp, dp):
+        assert "could not be saved" in told and "No space left on device" in told
+        assert total == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from megatron_edu.config import PRESETS
+from megatron_edu.models.gpt2 import GPT2
+from megatron_edu.training.checkpoint import save_checkpoint
+model = GPT2(PRESETS["tiny"])
+save_checkpoint(Path(sys.argv[1]), 1, model)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    save_checkpoint(Path(sys.argv[1]), 2, model)
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_real_limit_on_the_size_of_files(tmp_path):
+    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
+    out = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "step-00000002 could not be saved" in out.stdout, out
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert load_model(tmp_path / "step-00000001").config.num_layers == 2
+
+
+def test_ctrl_c_while_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def interrupted(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, 1, *new())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_step_again_replaces_the_folder(tmp_path):
+    for text in ("first", "second"):
+        write_folder(tmp_path / "step-00000001", {}, {"state.json": {"text": text}})
+    assert json.loads((tmp_path / "step-00000001" / "state.json").read_text()) == {"text": "second"}
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def replace_by_pickle(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("a checkpoint was unpickled",)
+
+
+DAMAGE = {
+    "cut": (cut, "model.safetensors is not a whole safetensors file"),
+    "missing": (lambda f: (f / "model.safetensors").unlink(), "is not a whole safetensors file"),
+    "pickle": (replace_by_pickle, "model.safetensors is not a whole safetensors file"),
+    "json": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "list": (lambda f: (f / "config.json").write_text("[1]"), "holds a list, not an object"),
+    "no model": (lambda f: (f / "config.json").write_text("{}"), "describes no GPT-2"),
+    "no config": (lambda f: (f / "config.json").unlink(), "name a folder step-NNNNNNNN of a run"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_folder_says_which_file_and_what_to_do(tmp_path, kind):
+    folder = save_checkpoint(tmp_path, 1, GPT2(TINY))
+    damage, message = DAMAGE[kind]
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_state_and_moments_are_checked_too(tmp_path):
+    first_steps(tmp_path, 1)
+    folder = tmp_path / "step-00000003"
+    (folder / "state.json").write_text('{"consumed": 3}')
+    with pytest.raises(ValueError, match="state.json names no step"):
+        load_state(folder)
+    (folder / "optimizer.safetensors").unlink()
+    with pytest.raises(ValueError, match="optimizer.safetensors is not a whole"):
+        load_optimizer(folder, *new())
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    folder = save_checkpoint(tmp_path, 1, GPT2(TINY))
+    other = GPT2(GPT2Config(2, 16, 4, vocab_size=90, max_seq_len=12, vocab_multiple=24))
+    with pytest.raises(ValueError, match="wte.weight has shape .96, 32. .* needs .96, 16."):
+        load_weights(folder, other)
