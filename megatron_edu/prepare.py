@@ -21,35 +21,40 @@ TOKENIZER = "tokenizer.json"        # beside it
 def find_token_file(
     path: Path,             # a prepared folder, a prefix, or a .bin or .idx file
 ) -> Path | None:           # prefix of a token file; None if `path` is something else
-    "Whether a path names a token file, in any of the four ways."
+    """Whether a path names a token file, in any of the four ways.
+
+    Half of one counts, so that `TokenFile` says which half is missing.
+    """
     path = Path(path)
     prefixes = [path / TOKENS, path.with_suffix("") if path.suffix in (".bin", ".idx") else path]
     for prefix in prefixes:
-        if bin_path(prefix).is_file() and idx_path(prefix).is_file():
+        if bin_path(prefix).is_file() or idx_path(prefix).is_file():
             return prefix
     return None
 
 
 def prepare_documents(
-    documents: Iterable[str],       # read once with a tokenizer, twice without
+    documents: Iterable[str],       # read once, in a stream
     out: Path,                      # folder for tokens.bin, tokens.idx and tokenizer.json
     tokenizer: Tokenizer,
 ) -> TokenFile:
-    "Write the tokens of all documents, and their tokenizer, to a folder."
-    out.mkdir(parents=True, exist_ok=True)
+    "Write the tokens of all documents, and their tokenizer. If it fails, old ones stay."
+    file = tokenize_to_file(documents, tokenizer, out / TOKENS)
     tokenizer.save(out / TOKENIZER)
-    tokenize_to_file(documents, tokenizer, out / TOKENS)
-    return TokenFile(out / TOKENS)
+    return file
 
 
 def prepare(
     inputs: tuple[Path, ...],               # .txt and .jsonl files, and folders of them
     out: Path,                              # folder to write to
-    tokenizer: Path | None = None,          # tokenizer.json or folder; None: train one on the input
+    tokenizer: Path | None = None,          # tokenizer.json or folder; None: train one
     vocab_size: int = 4096,                 # of a tokenizer trained here
     text_field: str = "text",               # of a .jsonl line
 ) -> TokenFile:
-    "Turn text into a token file. Raises `ValueError` for inputs without text and for a path without a tokenizer."
+    """Turn text into a token file.
+
+    Raises `ValueError` for inputs without text and for a path without a tokenizer.
+    """
     if tokenizer is None:
         chosen = train_tokenizer(read_documents(inputs, text_field), vocab_size)
     else:
