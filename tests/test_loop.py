@@ -1,0 +1,333 @@
+"The loop: what a run writes, and what it survives."
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_edu import reference
+from megatron_edu.config import GPT2Config
+from megatron_edu.data.gpt2 import GPT2Samples
+from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+from megatron_edu.mesh import ParallelDims
+from megatron_edu.training import loop
+from megatron_edu.training.checkpoint import (
+    checkpoint_folder,
+    latest_checkpoint,
+    load_model,
+    load_state,
+)
+from megatron_edu.training.loop import (
+    Data,
+    RunConfig,
+    TrainConfig,
+    read_metrics,
+    stop_requested,
+    train,
+    validation_loss,
+    validation_losses,
+)
+from megatron_edu.training.optimizer import OptimizerConfig
+
+TINY = GPT2Config(2, 32, 4, vocab_size=90, max_seq_len=16, dropout=0.0, vocab_multiple=24)
+DROPOUT = replace(TINY, dropout=0.1)
+RECIPE = OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory) -> Path:
+    "A token file of 20 documents that count upwards, so that there is something to learn."
+    prefix = tmp_path_factory.mktemp("data") / "tokens"
+    generator = np.random.default_rng(0)
+    with TokenFileWriter(prefix, 90) as writer:
+        for _ in range(20):
+            writer.append((generator.integers(90) + np.arange(generator.integers(80, 160))) % 90)
+            writer.end_document()
+    return prefix
+
+
+def plan(out, model=TINY, tp=1, dp=1, optimizer=RECIPE, **settings) -> TrainConfig:
+    given = {"steps": 6, "batch_size": 4, "save_every": 3, "eval_every": 3, "eval_batches": 2}
+    run = RunConfig(out, **{**given, "validation": 0.1, **settings})
+    return TrainConfig(model, run, optimizer, ParallelDims(tp=tp, dp=dp))
+
+
+def run_here(config, prefix):
+    "Train on every rank of the grid; each rank's model."
+    return train(config, TokenFile(prefix), config.parallel.build())
+
+
+def run_quietly(config, prefix):
+    "The same, without a result."
+    run_here(config, prefix)
+
+
+def losses(out) -> list[float]:
+    return [line["loss"] for line in read_metrics(out)]
+
+
+def stopped_after_three(out, copy) -> Path:
+    "A run's folder as it was after step 3, with the metrics that a kill at step 5 leaves."
+    shutil.copytree(out, copy)
+    shutil.rmtree(checkpoint_folder(copy, 6))
+    text = "".join(json.dumps(line) + "\n" for line in read_metrics(out)[:5])
+    (copy / "metrics.jsonl").write_text(text + '{"step": 6, "lo')
+    return copy
+
+
+def same_weights(a, b, atol=0.0):
+    states = [load_model(folder).state_dict() for folder in (a, b)]
+    torch.testing.assert_close(*states, rtol=0, atol=atol)
+
+
+def test_a_run_writes_one_line_a_step_and_whole_checkpoints(tmp_path, tokens, capsys):
+    run_here(plan(tmp_path, log_every=2), tokens)
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    wanted = {"step", "loss", "lr", "grad_norm", "ms", "tokens_per_s"}
+    assert all(wanted <= line.keys() for line in lines)
+    assert [step for step, _ in validation_losses(lines)] == [0, 3, 6]
+    assert lines[0]["lr"] == pytest.approx(5e-3) and lines[-1]["lr"] == pytest.approx(1e-3)
+    folders = ["loss.png", "metrics.jsonl", "step-00000003", "step-00000006"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == folders
+    assert load_state(tmp_path / "step-00000006") == {"step": 6, "consumed": 24}
+    config = json.loads((tmp_path / "step-00000006" / "config.json").read_text())
+    assert config["run"]["batch_size"] == 4 and config["optimizer"]["lr"] == 1e-2
+    printed = capsys.readouterr().out
+    assert "step 1/6 " in printed and "step 3/6 " not in printed and "step 6/6 " in printed
+
+
+def test_the_first_loss_is_the_references_and_training_lowers_it(tmp_path, tokens):
+    config = plan(tmp_path, steps=40, save_every=40, eval_every=40)
+    run_here(config, tokens)
+    samples = GPT2Samples(TokenFile(tokens), 16, 160, 1, range(18))
+    batch = samples.batch(range(4))
+    first = reference.GPT2(TINY).loss(batch["input_ids"], batch["labels"]).item()
+    assert losses(tmp_path)[0] == pytest.approx(first, abs=1e-5)
+    (_, before), (_, after) = validation_losses(read_metrics(tmp_path))
+    assert after < before - 1
+    assert not (torch.tensor(losses(tmp_path)) == losses(tmp_path)[0]).all()
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(tmp_path, tokens, capsys):
+    whole = tmp_path / "whole"
+    run_here(plan(whole, DROPOUT), tokens)
+    copy = stopped_after_three(whole, tmp_path / "copy")
+    run_here(plan(copy, DROPOUT, resume="auto"), tokens)
+    assert losses(copy) == losses(whole) and len(losses(copy)) == 6
+    same_weights(whole / "step-00000006", copy / "step-00000006")
+    assert "going on from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("tp", "dp", "then"), [(2, 1, (1, 2)), (1, 2, (2, 1)), (2, 1, (1, 1))])
+def test_a_resumed_run_on_another_grid_has_the_same_losses(ranks, tmp_path, tokens, tp, dp, then):
+    whole = tmp_path / "whole"
+    ranks(2)(run_quietly, plan(whole, tp=tp, dp=dp), tokens)
+    copy = stopped_after_three(whole, tmp_path / "copy")
+    config = plan(copy, tp=then[0], dp=then[1], resume="auto")
+    run_here(config, tokens) if then == (1, 1) else ranks(2)(run_quietly, config, tokens)
+    assert losses(copy)[:3] == losses(whole)[:3]
+    assert losses(copy) == pytest.approx(losses(whole), abs=2e-5)
+    same_weights(whole / "step-00000006", copy / "step-00000006", atol=1e-4)
+
+
+def test_dropout_is_drawn_anew_every_step_and_from_the_seed(tmp_path, tokens):
+    for name, settings in {"a": {}, "b": {}, "c": {"seed": 2}}.items():
+        torch.manual_seed(len(name) + 40)
+        torch.rand(ord(name))
+        run_here(plan(tmp_path / name, DROPOUT, **settings), tokens)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a")[0] != losses(tmp_path / "c")[0]
+
+
+def test_going_on_uses_the_samples_that_are_left(tmp_path, tokens, monkeypatch):
+    read = []
+    real = GPT2Samples.batch
+
+    def noted(self, indices):
+        read.extend(indices)
+        return real(self, indices)
+
+    run_here(plan(tmp_path / "whole"), tokens)
+    copy = stopped_after_three(tmp_path / "whole", tmp_path / "copy")
+    monkeypatch.setattr(GPT2Samples, "batch", noted)
+    run_here(plan(copy, resume="auto"), tokens)
+    validation = list(range(8))
+    assert read == list(range(12, 24)) + validation
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_micro_batches_add_up_to_the_batch(ranks, tmp_path, tokens, dp):
+    run_here(plan(tmp_path / "whole"), tokens)
+    config = plan(tmp_path / "micro", dp=dp, micro_batch=1)
+    run_here(config, tokens) if dp == 1 else ranks(2)(run_quietly, config, tokens)
+    assert losses(tmp_path / "micro") == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
+    same_weights(tmp_path / "whole/step-00000006", tmp_path / "micro/step-00000006", atol=1e-4)
+
+
+def test_bf16_multiplies_coarsely_and_keeps_fp32_weights(tmp_path, tokens):
+    run_here(plan(tmp_path / "fp32"), tokens)
+    model = run_here(plan(tmp_path / "bf16", precision="bf16"), tokens)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    fine, coarse = losses(tmp_path / "fp32"), losses(tmp_path / "bf16")
+    assert fine != coarse
+    assert coarse == pytest.approx(fine, rel=2e-2)
+
+
+@pytest.mark.parametrize("dp", [1, 2])
+def test_nan_stops_names_the_step_and_keeps_the_checkpoint(ranks, tmp_path, tokens, dp):
+    config = plan(tmp_path, dp=dp, optimizer=OptimizerConfig(lr=3e38, warmup_steps=0), save_every=1)
+    message = "step 2: loss nan.* weights are those of step 1.*step-00000001; lower the learning"
+    with pytest.raises((FloatingPointError, RuntimeError), match=message):
+        run_here(config, tokens) if dp == 1 else ranks(2)(run_quietly, config, tokens)
+    assert len(losses(tmp_path)) == 1 and math.isfinite(losses(tmp_path)[0])
+    assert latest_checkpoint(tmp_path).name == "step-00000001"
+    load_model(latest_checkpoint(tmp_path))
+
+
+def test_nan_in_the_gradient_alone_stops_before_the_weights_change(tmp_path, tokens, monkeypatch):
+    seen = []
+    real = loop.clip_grad_norm
+
+    def poisoned(model, clip):
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        if len(seen) == 4:
+            model.ln_f.bias.grad[0] = math.nan
+        return real(model, clip)
+
+    monkeypatch.setattr(loop, "clip_grad_norm", poisoned)
+    models = []
+    real_begin = loop.begin_run
+    monkeypatch.setattr(loop, "begin_run", lambda *a: models.append(real_begin(*a)) or models[-1])
+    with pytest.raises(FloatingPointError, match="step 4: loss [0-9.]+, gradient norm nan"):
+        run_here(plan(tmp_path), tokens)
+    torch.testing.assert_close(dict(models[0].model.named_parameters()), seen[3], rtol=0, atol=0)
+    assert models[0].step == 3
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import test_loop
+test_loop.run_here(test_loop.plan(Path(sys.argv[1]), steps=10**6, save_every=10**6), sys.argv[2])
+"""
+
+
+def wait_for_steps(out: Path, count: int, process) -> None:
+    "Until the metrics have that many lines."
+    end = time.monotonic() + 120
+    while len(read_metrics(out)) < count:
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(tmp_path, tokens, number):
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(tokens)]
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        wait_for_steps(tmp_path, 2, process)
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    step = read_metrics(tmp_path)[-1]["step"]
+    assert process.returncode == 0
+    assert f"stopped at step {step}; go on with --resume auto" in printed
+    assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, step)
+    assert load_state(latest_checkpoint(tmp_path)) == {"step": step, "consumed": 4 * step}
+
+
+def interrupt_the_second(config, prefix):
+    "Ctrl-C reaches the second rank alone, in its second step."
+    groups, steps = config.parallel.build(), []
+    real = loop.seed_replica
+
+    def counted(*numbers):
+        steps.append(numbers)
+        if len(steps) == 2 and groups.tp_rank == 1:
+            signal.raise_signal(signal.SIGINT)
+        real(*numbers)
+
+    loop.seed_replica = counted
+    try:
+        train(config, TokenFile(prefix), groups)
+    finally:
+        loop.seed_replica = real
+    return len(steps)
+
+
+def test_all_ranks_stop_where_one_is_interrupted(ranks, tmp_path, tokens):
+    assert ranks(2)(interrupt_the_second, plan(tmp_path, tp=2), tokens) == [2, 2]
+    assert latest_checkpoint(tmp_path).name == "step-00000002"
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT)
+    with stop_requested() as asked:
+        assert asked == []
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def held_out(config, prefix) -> float:
+    "Validation loss of the initial model on a grid."
+    groups = config.parallel.build()
+    data = Data.open(TokenFile(prefix), config, groups, torch.device("cpu"))
+    model = loop.GPT2(config.model, groups.tp_group)
+    found = validation_loss(model, data)
+    assert model.training and validation_loss(model, data) == found
+    return found
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (1, 2)])
+def test_validation_loss_is_the_mean_over_the_held_out_documents(ranks, tmp_path, tokens, tp, dp):
+    config = plan(tmp_path, DROPOUT, tp=tp, dp=dp)
+    one = tp * dp == 1
+    found = held_out(config, tokens) if one else ranks(2)(held_out, config, tokens)[1]
+    batch = GPT2Samples(TokenFile(tokens), 16, 8, 1, range(18, 20)).batch(range(8))
+    model = reference.GPT2(DROPOUT).eval()
+    expected = model.loss(batch["input_ids"], batch["labels"]).item()
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path, tokens):
+    run_here(plan(tmp_path), tokens)
+    before = read_metrics(tmp_path)
+    run_here(plan(tmp_path, resume="auto"), tokens)
+    assert read_metrics(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0: must be at least 1"),
+        ({"micro_batch": 0}, "micro_batch=0: must be at least 1"),
+        ({"validation": 1.0}, "validation=1.0: must be a share"),
+        ({"seed": -1}, "seed=-1: must be 0 or more"),
+        ({"micro_batch": 3}, "global_batch 4 does not divide into micro-batches of 3"),
+    ],
+)
+def test_bad_settings_name_value_and_rule(tmp_path, tokens, settings, message):
+    with pytest.raises(ValueError, match=message):
+        run_here(plan(tmp_path / "run", **settings), tokens)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pipelines_and_foreign_ids_are_refused(tmp_path, tokens):
+    with pytest.raises(ValueError, match="pp=2: this loop has no pipeline"):
+        TrainConfig(TINY, RunConfig(tmp_path), parallel=ParallelDims(pp=2))
+    with pytest.raises(ValueError, match="outside the vocabulary of 50"):
+        run_here(plan(tmp_path / "run", replace(TINY, vocab_size=50)), tokens)
