@@ -1,0 +1,213 @@
+"The three knobs of sampling, and the same tokens on any number of ranks."
+
+import pytest
+import torch
+from gpt2_cases import config
+
+from megatron_edu.comm import Ledger
+from megatron_edu.generate import SamplingConfig, choose, filter_logits, generate
+from megatron_edu.mesh import ParallelDims
+from megatron_edu.models.gpt2 import GPT2
+
+CONFIG = config()       # 101 ids, of 128 rows; at most 17 tokens
+PROMPTS = torch.tensor([[5, 9, 2], [77, 100, 0]])
+SETTINGS = {
+    "plain": SamplingConfig(),
+    "greedy": SamplingConfig(temperature=0),
+    "cold": SamplingConfig(temperature=0.6, seed=2),
+    "top-k": SamplingConfig(top_k=7, seed=3),
+    "top-p": SamplingConfig(top_p=0.7, seed=4),
+    "all": SamplingConfig(temperature=0.9, top_k=60, top_p=0.8, seed=5),
+}
+
+
+def model(group=None, device="cpu"):
+    "Weights large enough that logits differ, and that a token does not just repeat itself."
+    built = GPT2(CONFIG, group)
+    with torch.no_grad():
+        built.wte.weight.mul_(30)
+        built.wpe.weight.mul_(150)
+    return built.double().to(device)
+
+
+def write(tp, device, settings, num_tokens=8):
+    built = model(ParallelDims(tp=tp).build(device).tp_group, device)
+    return {
+        name: generate(built, PROMPTS.to(device), num_tokens, setting).cpu()
+        for name, setting in settings.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return write(1, "cpu", SETTINGS)
+
+
+# ------------------------------------------------------------------------------------- the knobs
+
+LOGITS = torch.tensor([[1.0, 4.0, 2.0, 3.0, 0.0]], dtype=torch.float64)
+
+
+def kept(logits, **knobs):
+    return torch.isfinite(filter_logits(logits, SamplingConfig(**knobs)))[0].nonzero()[:, 0].tolist()
+
+
+def test_temperature_divides():
+    half = filter_logits(LOGITS, SamplingConfig(temperature=0.5))
+    assert torch.equal(half, LOGITS * 2)
+
+
+@pytest.mark.parametrize(
+    ("k", "ids"), [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])]
+)
+def test_top_k_keeps_the_k_likeliest(k, ids):
+    assert kept(LOGITS, top_k=k) == ids
+
+
+def test_top_k_keeps_ties_with_the_kth():
+    assert kept(torch.tensor([[2.0, 1.0, 1.0, 0.0]]), top_k=2) == [0, 1, 2]
+
+
+# the shares of 4, 3, 2, 1, 0 are 0.636, 0.234, 0.086, 0.032, 0.012
+@pytest.mark.parametrize(
+    ("p", "ids"), [(0.01, [1]), (0.6, [1]), (0.64, [1, 3]), (0.86, [1, 3]), (0.88, [1, 2, 3])]
+)
+def test_top_p_keeps_the_token_that_crosses_the_line(p, ids):
+    assert kept(LOGITS, top_p=p) == ids
+
+
+def test_top_p_looks_at_what_top_k_and_temperature_left():
+    "Of two tokens the first has 0.73; at temperature 4 it has 0.56, so the second is needed."
+    assert kept(LOGITS, top_k=2, top_p=0.7) == [1]
+    assert kept(LOGITS, top_k=2, top_p=0.7, temperature=4.0) == [1, 3]
+
+
+def test_rows_are_filtered_by_themselves():
+    both = torch.cat([LOGITS, LOGITS.flip(1)])
+    found = torch.isfinite(filter_logits(both, SamplingConfig(top_k=3, top_p=0.8)))
+    assert found.tolist() == [[False, True, False, True, False]] * 2
+
+
+def test_draws_have_the_probabilities_that_are_left():
+    setting = SamplingConfig(top_k=3)
+    draws = choose(LOGITS.expand(20_000, 5), setting, torch.Generator().manual_seed(0))
+    wanted = filter_logits(LOGITS, setting).softmax(-1)[0]
+    share = draws.bincount(minlength=5) / 20_000
+    torch.testing.assert_close(share.double(), wanted, rtol=0, atol=0.015)
+    assert share[0] == share[4] == 0
+
+
+def test_greedy_takes_the_likeliest_and_draws_nothing():
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    assert choose(LOGITS, SamplingConfig(temperature=0), generator).tolist() == [1]
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [("temperature", -1.0), ("temperature", float("nan")), ("temperature", float("inf")),
+     ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan"))],
+)
+def test_a_knob_that_makes_no_sense_is_named(knob, value):
+    with pytest.raises(ValueError, match=f"{knob}={value}"):
+        SamplingConfig(**{knob: value})
+
+
+# ------------------------------------------------------------------------------------- any split
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_every_rank_of_any_split_writes_the_same_tokens(ranks, device, alone, tp):
+    for found in ranks(tp)(write, tp, device, SETTINGS):
+        for name, ids in found.items():
+            assert torch.equal(ids, alone[name]), name
+
+
+def test_the_settings_differ_and_no_padding_id_is_chosen(alone):
+    assert len({tuple(ids.flatten().tolist()) for ids in alone.values()}) == len(alone)
+    assert all(ids.max() < CONFIG.vocab_size and ids.min() >= 0 for ids in alone.values())
+    assert all(torch.equal(ids[:, :3], PROMPTS) for ids in alone.values())
+
+
+def test_greedy_follows_the_models_own_logits(alone):
+    ids, built = alone["greedy"], model().eval()
+    for s in range(3, ids.shape[1]):
+        logits = built(ids[:, :s])[:, -1, : CONFIG.vocab_size]
+        assert torch.equal(logits.argmax(-1), ids[:, s])
+
+
+def count(tp, device):
+    built = model(ParallelDims(tp=tp).build(device).tp_group, device)
+    with Ledger() as ledger:
+        generate(built, PROMPTS.to(device), 5)
+    gathered = ledger.count("all_gather"), ledger.elements("all_gather")
+    return gathered, ledger.count("broadcast"), ledger.elements("broadcast"), len(ledger.records)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_token_costs_one_gather_of_the_last_position(ranks, device, tp):
+    for gathered, broadcasts, ids, _ in ranks(tp)(count, tp, device):
+        assert gathered == (5, 5 * 2 * 128)     # 5 tokens of 2 prompts, 128 logits each
+        assert (broadcasts, ids) == (5, 5 * 2)
+
+
+def test_one_device_makes_no_collective_call():
+    assert count(1, "cpu")[-1] == 0
+
+
+# ------------------------------------------------------------------------------- length and stop
+
+
+def test_a_context_that_is_too_long_goes_on_with_its_last_tokens():
+    built, setting = model(), SamplingConfig(temperature=0)
+    long = torch.arange(40)[None]
+    ids = generate(built, long, 3, setting)
+    assert ids.shape == (1, 43) and torch.equal(ids[:, :40], long)
+    assert torch.equal(ids[:, 40:], generate(built, long[:, -17:], 3, setting)[:, 17:])
+
+
+def test_writing_ends_when_every_row_has_the_stop_id(alone):
+    ids = alone["plain"]
+    single = next(i for i in ids[0, 3:].tolist() if i not in ids[1, 3:].tolist())
+    assert torch.equal(generate(model(), PROMPTS, 8, SETTINGS["plain"], single), ids)
+    short = generate(model(), PROMPTS[:1], 8, SETTINGS["greedy"])
+    stop = int(short[0, 5])
+    end = 3 + short[0, 3:].tolist().index(stop) + 1
+    assert torch.equal(generate(model(), PROMPTS[:1], 8, SETTINGS["greedy"], stop), short[:, :end])
+
+
+def test_a_stop_id_in_the_prompt_does_not_count():
+    built, greedy = model(), SETTINGS["greedy"]
+    ids = generate(built, PROMPTS[:1], 4, greedy)
+    absent = next(int(i) for i in PROMPTS[0] if int(i) not in ids[0, 3:].tolist())
+    assert torch.equal(generate(built, PROMPTS[:1], 4, greedy, absent), ids)
+
+
+def test_the_model_is_left_in_the_mode_it_had_and_draws_no_dropout():
+    built = model()
+    built.train()
+    state = torch.get_rng_state()
+    generate(built, PROMPTS, 2)
+    assert built.training and torch.equal(torch.get_rng_state(), state)
+    built.eval()
+    generate(built, PROMPTS, 2)
+    assert not built.training
+
+
+def test_a_prompt_without_a_token_is_refused():
+    with pytest.raises(ValueError, match="no token; start from"):
+        generate(model(), torch.zeros(1, 0, dtype=torch.long), 1)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("wrong", [-1, 101, 127])
+def test_an_id_outside_the_vocabulary_is_refused_on_every_rank(ranks, device, tp, wrong):
+    assert ranks(tp)(refused, tp, device, wrong) == [True] * tp
+
+
+def refused(tp, device, wrong):
+    built = model(ParallelDims(tp=tp).build(device).tp_group, device)
+    with pytest.raises(ValueError, match=rf"{wrong}\b"):
+        generate(built, torch.tensor([[3, wrong]], device=device), 1)
+    return True
