@@ -5,21 +5,31 @@
 # %% auto #0
 __all__ = ['TIMEOUT', 'choose_backend', 'launch']
 
-# %% ../../nbs/6_training/06_launch.ipynb #79b3e9ee
+# %% ../../nbs/6_training/06_launch.ipynb #476c7e39
+import contextlib
+import logging
 import os
+import signal
+import sys
 import tempfile
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+    record,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ..mesh import ParallelDims
-from ..ranks import RankError, join_world
+from ..mesh import ParallelDims, ParallelGroups
+from ..ranks import _PEER_LOST, RankError, join_world
 
 # %% ../../nbs/6_training/06_launch.ipynb #d311da88
 TIMEOUT = 600.0     # seconds that a collective of a training run may wait: a rank may be saving
@@ -32,20 +42,146 @@ def choose_backend(
     gpus = torch.cuda.device_count()
     if gpus >= ranks_here:
         return "nccl", f"{gpus} GPUs for {ranks_here} ranks"
-    return "gloo", f"{gpus} GPUs for {ranks_here} ranks: on the CPU" if gpus else "no GPU here: on the CPU"
+    if gpus:
+        return "gloo", f"{gpus} GPUs for {ranks_here} ranks: on the CPU"
+    return "gloo", "no GPU here: on the CPU"
+
+# %% ../../nbs/6_training/06_launch.ipynb #c6a603b8
+def _local(ranks: int, folder: str) -> LaunchConfig:
+    "Ranks on this machine, started by an agent that keeps its notes in a file."
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        max_restarts=0,
+        monitor_interval=0.2,
+        run_id="megatron_edu",
+        rdzv_backend="c10d",
+        rdzv_endpoint=str(Path(folder, "agent")),
+        rdzv_configs={"store_type": "file"},
+        local_addr="127.0.0.1",
+        logs_specs=DefaultLogsSpecs(log_dir=folder),
+    )
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    "Put back the handlers that the elastic launcher replaces and leaves."
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+# %% ../../nbs/6_training/06_launch.ipynb #ccac7e17
+@contextlib.contextmanager
+def _closed_and_quiet() -> Iterator[None]:
+    "The agent opens no port of its own, and leaves it to `launch` to report a failure."
+    names = "distributed.elastic.multiprocessing.api", "distributed.elastic.agent.server.api"
+    names = *names, "multiprocessing.spawn"
+    loggers = [logging.getLogger(f"torch.{name}") for name in names]
+    levels = [logger.level for logger in loggers]
+    before = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if before is None:
+            del os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]
+
+# %% ../../nbs/6_training/06_launch.ipynb #9ae6b9b6
+def _rank_error(rank: int, failure: ProcessFailure) -> RankError:
+    "A rank's failure: one line for bad input, the traceback for what nobody expected."
+    text = failure.message          # of a rank that could not say more: it was killed
+    if isinstance(text, dict):      # what `record` noted of an exception
+        traceback, text = text["extraInfo"]["py_callstack"], text["message"]
+        if not text.startswith(("ValueError:", "OSError:", "FloatingPointError:")):
+            text = "\n" + traceback.rstrip()
+    return RankError(rank, f"rank {rank} failed: {text}")
+
+# %% ../../nbs/6_training/06_launch.ipynb #fce12648
+@record
+def _rank(
+    fn: Callable,
+    dims: ParallelDims,
+    args: tuple,
+    backend: str,
+    rendezvous: str,
+) -> Any:
+    "One rank under the elastic launcher on this machine."
+    rank = int(os.environ["RANK"])
+    if backend == "gloo":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dims.world_size))
+    join_world(rank, dims.world_size, rendezvous, backend, TIMEOUT)
+    try:
+        result = fn(_build(dims, backend), _device(backend), *args)
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in _PEER_LOST):
+            time.sleep(3)   # the rank that began it ends first, and is the one that is reported
+        raise
+    finally:
+        dist.destroy_process_group()
+    return result if rank == 0 else None
+
+# %% ../../nbs/6_training/06_launch.ipynb #9300ce36
+def _join_torchrun(
+    fn: Callable,
+    dims: ParallelDims,
+    args: tuple,
+    say: Callable[[str], None],
+) -> Any:
+    "Join the ranks that torchrun started, here and on other machines."
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    backend, reason = choose_backend(here)
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif here == int(os.environ["WORLD_SIZE"]):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    dist.init_process_group(backend)
+    try:
+        groups = _build(dims, backend)
+        if dist.get_rank() == 0:
+            sizes = f"(tp={dims.tp}, dp={dims.dp})"
+            say(f"{dims.world_size} ranks of torchrun {sizes}, backend {backend}: {reason}")
+        return fn(groups, _device(backend), *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(backend: str) -> torch.device:
+    "Where a rank computes."
+    gpu = backend == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+
+
+def _build(dims: ParallelDims, backend: str) -> ParallelGroups:
+    "This rank's groups."
+    return dims.build("cuda" if backend == "nccl" else "cpu")
 
 # %% ../../nbs/6_training/06_launch.ipynb #2e67bb0c
+def _say(text: str) -> None:
+    "A line, at once: ranks write to the same place."
+    print(text, flush=True)
+
+
 def launch(
-    fn: Callable,           # called on every rank as fn(groups, device, *args); defined at the top of a module
+    fn: Callable,           # called on every rank as fn(groups, device, *args); of a module
     dims: ParallelDims,     # the grid of ranks
     *args,                  # pickled for the ranks
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = _say,
 ) -> Any:                   # what `fn` returned on rank 0
     """Run a function on all ranks of a grid.
 
-    Under `torchrun` this process is one rank already and joins the others. Otherwise one rank runs here, and more
-    are started on this machine through PyTorch's elastic launcher, which ends all if one fails. Raises
-    `RankError` with the first failure.
+    Under `torchrun` this process is one rank already and joins the others. Otherwise one rank runs
+    here, and more are started on this machine through PyTorch's elastic launcher, which ends all
+    if one fails. Raises `RankError` with the first failure.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return _join_torchrun(fn, dims, args, say)
@@ -55,55 +191,11 @@ def launch(
         say(f"1 rank, no communication, device {device}")
         return fn(dims.build(), device, *args)
     say(f"{dims.world_size} ranks (tp={dims.tp}, dp={dims.dp}), backend {backend}: {reason}")
-    with tempfile.TemporaryDirectory(prefix="megatron_edu_") as folder:
-        config = LaunchConfig(
-            min_nodes=1, max_nodes=1, nproc_per_node=dims.world_size, max_restarts=0, monitor_interval=0.2,
-            # ranks meet in files, so that no port is opened beyond the loopback device
-            rdzv_backend="c10d", rdzv_endpoint=str(Path(folder, "agent")), rdzv_configs={"store_type": "file"},
-            run_id="megatron_edu", local_addr="127.0.0.1",
-        )
+    with _signals_restored(), _closed_and_quiet(), tempfile.TemporaryDirectory() as folder:
+        start = elastic_launch(_local(dims.world_size, folder), _rank)
         try:
-            results = elastic_launch(config, _rank)(fn, dims, args, backend, str(Path(folder, "ranks")))
+            return start(fn, dims, args, backend, str(Path(folder, "ranks")))[0]
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            raise RankError(rank, f"rank {rank} failed: {failure.message}") from None
+            raise _rank_error(*error.get_first_failure()) from None
         except SignalException:
             raise KeyboardInterrupt from None
-    return results[0]
-
-# %% ../../nbs/6_training/06_launch.ipynb #68ed34c4
-@record
-def _rank(fn: Callable, dims: ParallelDims, args: tuple, backend: str, rendezvous: str) -> Any:
-    "One rank under the elastic launcher on this machine."
-    rank = int(os.environ["RANK"])
-    if backend == "gloo":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // dims.world_size))
-    join_world(rank, dims.world_size, rendezvous, backend, TIMEOUT)
-    try:
-        result = fn(_build(dims, backend), _device(backend), *args)
-    finally:
-        dist.destroy_process_group()
-    return result if rank == 0 else None
-
-
-def _join_torchrun(fn: Callable, dims: ParallelDims, args: tuple, say: Callable[[str], None]) -> Any:
-    "Join the ranks that torchrun started, here and on other machines."
-    backend, reason = choose_backend(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if backend == "nccl":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend)
-    try:
-        groups = _build(dims, backend)
-        if dist.get_rank() == 0:
-            say(f"{dims.world_size} ranks of torchrun (tp={dims.tp}, dp={dims.dp}), backend {backend}: {reason}")
-        return fn(groups, _device(backend), *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def _device(backend: str) -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else torch.device("cpu")
-
-
-def _build(dims: ParallelDims, backend: str):
-    return dims.build("cuda" if backend == "nccl" else "cpu")
