@@ -12,13 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
 # %% ../nbs/1_ranks/00_draw.ipynb #5ea1d714
-RANK_COLORS = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#eeca3b", "#b279a2", "#9d755d"]
+RANK_COLORS = [
+    "#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#eeca3b", "#b279a2", "#9d755d",
+]
 EVERYWHERE = -1     # in a map of owners: held by all ranks
 NOWHERE = -2        # in a map of owners: held by no rank
 
 # %% ../nbs/1_ranks/00_draw.ipynb #00b0a3fa
 def rank_color(rank: int) -> str:
-    "The colour of a rank; light grey for EVERYWHERE, white for NOWHERE. Colours repeat after eight ranks."
+    "The colour of a rank; grey for EVERYWHERE, white for NOWHERE. They repeat after eight ranks."
     if rank == EVERYWHERE:
         return "#d9d9d9"
     if rank == NOWHERE:
@@ -28,7 +30,7 @@ def rank_color(rank: int) -> str:
 
 def owners(
     shape: tuple[int, ...],     # of the whole tensor
-    rule,                       # a shard rule (has `.split(full, rank, size)`); None: held by all ranks
+    rule,                       # a shard rule: has `.split(full, rank, size)`; None: on all ranks
     size: int,                  # number of ranks
 ) -> torch.Tensor:              # `shape`: the rank that holds each element
     "Ask a shard rule who holds what, by splitting a tensor of element numbers."
@@ -42,7 +44,7 @@ def owners(
 # %% ../nbs/1_ranks/00_draw.ipynb #67951457
 def draw_matrix(
     ax: Axes,
-    owner: torch.Tensor,                    # (rows, columns): rank of each element, as from `owners`
+    owner: torch.Tensor,                    # (rows, columns): rank of each element, see `owners`
     title: str = "",
     rows: str = "",                         # what a row is, written at the left
     columns: str = "",                      # what a column is, written below
@@ -85,20 +87,24 @@ def draw_passes(
     forward: list[str],     # steps of the forward pass, first to last, drawn from left to right
     backward: list[str],    # steps of the backward pass in order of time, drawn from right to left
 ) -> Axes:
-    "Forward and backward one above the other, one column a step; steps that communicate (their name says 'all-' or 'scatter') stand out."
+    """Forward and backward one above the other, one column a step.
+
+    Steps that communicate stand out: their name says 'all-' or 'scatter'.
+    """
     width = max(len(forward), len(backward))
     for y, (name, steps) in enumerate((("backward", backward[::-1]), ("forward", forward))):
         for x, step in enumerate(steps):
             talks = "all-" in step or "scatter" in step
-            box = plt.Rectangle(
-                (x + 0.05, y + 0.15), 0.9, 0.6, facecolor="#ffd9b3" if talks else "#eef2f7", edgecolor="#888888"
-            )
+            color = "#ffd9b3" if talks else "#eef2f7"
+            place = (x + 0.05, y + 0.15)
+            box = plt.Rectangle(place, 0.9, 0.6, facecolor=color, edgecolor="#888888")
             ax.add_patch(box)
             ax.text(
                 x + 0.5, y + 0.45, step, ha="center", va="center", fontsize=8,
                 weight="bold" if talks else "normal",
             )
-        ax.text(-0.1, y + 0.45, f"{name} {'→' if name == 'forward' else '←'}", ha="right", va="center", fontsize=9)
+        label = f"{name} {'→' if name == 'forward' else '←'}"
+        ax.text(-0.1, y + 0.45, label, ha="right", va="center", fontsize=9)
     ax.set_xlim(-0.8, width)
     ax.set_ylim(0, 2)
     ax.axis("off")

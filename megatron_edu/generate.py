@@ -76,7 +76,7 @@ def generate(
     Raises `ValueError` for an empty prompt and for ids outside the vocabulary.
     """
     if input_ids.shape[1] == 0:
-        raise ValueError("the prompt has no token; start from any text or the end-of-document token")
+        raise ValueError("the prompt has no token; start from any text or the end-of-text token")
     config = config or SamplingConfig()
     generator = torch.Generator().manual_seed(config.seed)
     training = model.training

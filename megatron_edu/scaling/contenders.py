@@ -85,15 +85,16 @@ class _HuggingFace(nn.Module):
     def __init__(self, config: GPT2Config, activation: str):
         super().__init__()
         from transformers import GPT2Config as TheirConfig  # here: no other contender needs it
-        from transformers import GPT2LMHeadModel
+        from transformers import GPT2LMHeadModel, logging
 
+        logging.set_verbosity_error()
         p = config.dropout
         self.model = GPT2LMHeadModel(TheirConfig(
             vocab_size=config.padded_vocab_size, n_positions=config.max_seq_len,
             n_embd=config.hidden_size, n_layer=config.num_layers, n_head=config.num_heads,
             n_inner=config.ffn_size, activation_function=activation, attn_implementation="sdpa",
             resid_pdrop=p, embd_pdrop=p, attn_pdrop=p, use_cache=False,
-            bos_token_id=None, eos_token_id=None, loss_type="ForCausalLM",
+            bos_token_id=None, eos_token_id=None,
         ))
 
     def loss(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -13,14 +13,26 @@ from .cross_entropy import vocab_parallel_cross_entropy
 from .embedding import VocabParallelEmbedding
 from .fused_loss import linear_cross_entropy
 from .linear import ColumnParallelLinear, RowParallelLinear
-from .mappings import copy_to_tp, gather_from_tp, reduce_from_tp, scatter_to_tp
+from megatron_edu.tensor_parallel.mappings import (
+    copy_to_tp,
+    gather_from_tp,
+    reduce_from_tp,
+    scatter_to_tp,
+)
 from .norm import clip_grad_norm, grad_norm
 from .random import seed_replica, sharded_randomness
-from .shard import Shard, gather_state_dict, shard_rules, shard_state_dict
+from megatron_edu.tensor_parallel.shard import (
+    Shard,
+    gather_state_dict,
+    shard_rules,
+    shard_state_dict,
+)
 
 _all_ = [
-    "ColumnParallelLinear", "RowParallelLinear", "Shard", "VocabParallelEmbedding", "clip_grad_norm",
-    "copy_to_tp", "gather_from_tp", "gather_state_dict", "grad_norm", "linear_cross_entropy", "reduce_from_tp",
-    "scatter_to_tp", "seed_replica", "shard_rules", "shard_state_dict", "sharded_randomness",
+    "ColumnParallelLinear", "RowParallelLinear", "Shard", "VocabParallelEmbedding",
+    "clip_grad_norm", "copy_to_tp", "gather_from_tp", "gather_state_dict", "grad_norm",
+    "linear_cross_entropy",
+    "reduce_from_tp", "scatter_to_tp", "seed_replica", "shard_rules", "shard_state_dict",
+    "sharded_randomness",
     "vocab_parallel_cross_entropy",
 ]
