@@ -120,6 +120,10 @@ def _rank(
     if backend == "gloo":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dims.world_size))
     join_world(rank, dims.world_size, rendezvous, backend, TIMEOUT)
+    noted, note = os.pipe()
+    os.set_blocking(noted, False)
+    os.set_blocking(note, False)
+    signal.set_wakeup_fd(note)      # has a byte if a signal comes, whoever handles it
     try:
         result = fn(_build(dims, backend), _device(backend), *args)
     except RuntimeError as error:
@@ -128,6 +132,9 @@ def _rank(
         raise
     finally:
         dist.destroy_process_group()
+    with contextlib.suppress(BlockingIOError):
+        os.read(noted, 1)
+        sys.exit(130)       # the launcher is ending: it waits 30 s for ranks that return
     return result if rank == 0 else None
 
 # %% ../../nbs/6_training/06_launch.ipynb #9300ce36
