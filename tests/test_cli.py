@@ -1,0 +1,397 @@
+"The command line, in this process where one rank is enough: what it does and how it refuses."
+
+import dataclasses
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from megatron_edu import cli
+from megatron_edu.data.token_file import TokenFileWriter
+from megatron_edu.training.checkpoint import latest_checkpoint, load_model
+from megatron_edu.training.loop import read_metrics
+
+TEXT = "The cat sat on the mat, and the dog barked at the cat.\n\n"
+SHORT = (
+    "--preset tiny --batch-size 4 --eval-batches 1 --num-layers 1 --max-seq-len 16 --dropout 0"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    "The same documents as .txt, as .jsonl, and prepared."
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "a.txt").write_text(TEXT * 600)
+    lines = (json.dumps({"body": TEXT * 10}) + "\n" for _ in range(40))
+    (folder / "a.jsonl").write_text("".join(lines))
+    source, out = str(folder / "a.jsonl"), str(folder / "ready")
+    cli.main(["prepare", source, "--text-field", "body", "--vocab-size", "280", "--out", out])
+    return folder
+
+
+def train(corpus, out, data="ready", steps=2, more=()):
+    cli.main([
+        "train", *SHORT, "--data", str(corpus / data), "--out", str(out), "--steps", str(steps),
+        *map(str, more),
+    ])
+
+
+def losses(run):
+    return [line["loss"] for line in read_metrics(run)]
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory):
+    "Four steps on one rank, with a checkpoint after each second one."
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(corpus, out, steps=4, more=["--save-every", 2])
+    return out
+
+
+def refusal(capsys, *args):
+    "Standard error of a command that ends with status 2 and no traceback."
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(arg) for arg in args])
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text
+
+
+# ------------------------------------------------------------------------------------------ help
+
+
+def help_of(capsys, verb):
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+    assert end.value.code == 0
+    return capsys.readouterr().out
+
+
+def explanations(text):
+    "Option and what is said of it, without the default."
+    body = re.sub(r"[│╭╮╰╯─]", " ", text)
+    parts = re.split(r"\n\s+(?=-|[A-Z]+ |\[)", body)
+    for part in parts:
+        name = re.match(r"(--[a-z][a-z0-9-]+)", part)
+        if name:
+            words = part.split("\n")
+            first = re.split(r"\s{2,}", words[0].strip(), maxsplit=1)
+            said = " ".join(first[1:] + words[1:])
+            yield name[1], re.sub(r"\((default|required).*", "", " ".join(said.split())).strip()
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_explains_every_option(capsys, verb):
+    said = dict(explanations(help_of(capsys, verb)))
+    assert said, verb
+    unexplained = [name for name, text in said.items() if not text]
+    assert not unexplained
+
+
+def test_help_of_train_offers_every_field(capsys):
+    text = help_of(capsys, "train")
+    config = cli.preset_arguments("tiny").config
+    for part in (config.model, config.run, config.optimizer, config.parallel):
+        for field in dataclasses.fields(part):
+            assert f"--{field.name.replace('_', '-')}" in text
+    assert "--data" in text and "--tokenizer" in text and "--text-field" in text
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys):
+    for args in ([], ["--help"]):
+        cli.main(args)
+        text = capsys.readouterr().out
+        assert all(f"  {verb}" in text for verb in cli.VERBS)
+
+
+def test_an_unknown_verb(capsys):
+    assert "megatron-edu fly: no such verb; use one of demo," in refusal(capsys, "fly")
+
+
+# ----------------------------------------------------------------------------------------- train
+
+
+def test_the_fixed_spelling_with_ranks(corpus, tmp_path, capfd):
+    out = tmp_path / "run"
+    cli.main(
+        f"train {' '.join(SHORT)} --data {corpus / 'a.txt'} --out {out} --tp 2 --dp 1 --steps 4 "
+        "--save-every 2 --seed 1".split()
+    )
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4]
+    assert {path.name for path in out.glob("step-*")} == {"step-00000002", "step-00000004"}
+    printed = capfd.readouterr().out
+    assert "2 ranks (tp=2, dp=1), backend gloo" in printed and "step 4/4" in printed
+
+
+@pytest.mark.parametrize("grid", [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_other_ranks(corpus, run, tmp_path, grid):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "step-00000004")
+    more = ["--resume", "auto", "--tp", grid[0], "--dp", grid[1], "--save-every", 2]
+    train(corpus, copy, steps=4, more=more)
+    assert losses(copy)[:2] == losses(run)[:2]
+    assert losses(copy) == pytest.approx(losses(run), abs=2e-5)
+    assert latest_checkpoint(copy).name == "step-00000004"
+
+
+def test_the_configuration_is_printed_a_paragraph_a_concern(corpus, tmp_path, capsys):
+    train(corpus, tmp_path / "run", steps=1, more=["--seed", 5, "--no-compile"])
+    lines = capsys.readouterr().out.splitlines()
+    heads = [line.split()[0] for line in lines if line[:1].isalpha()][:5]
+    assert heads == ["model", "run", "optimizer", "parallel", "data"]
+    text = " ".join(lines)
+    assert "num_layers=1" in text and "seed=5" in text and "vocab_size=280" in text
+    assert all(len(line) <= 100 for line in lines)
+
+
+@pytest.mark.parametrize(
+    "data", ["ready", "ready/tokens", "ready/tokens.bin", "ready/tokens.idx", "a.txt", "a.jsonl"]
+)
+def test_every_kind_of_data(corpus, tmp_path, data):
+    train(corpus, tmp_path / "run", data, 1, ["--text-field", "body"])
+    assert len(losses(tmp_path / "run")) == 1
+    assert (tmp_path / "run" / "tokenizer.json").is_file()
+    if data.startswith("ready/"):
+        train(corpus, tmp_path / "again", "ready", 1)
+        assert losses(tmp_path / "run") == losses(tmp_path / "again")
+
+
+def test_a_vocabulary_without_a_tokenizer_is_the_presets(tmp_path, corpus):
+    for kind in ("bin", "idx"):
+        shutil.copy(corpus / "ready" / f"tokens.{kind}", tmp_path / f"bare.{kind}")
+    train(tmp_path, tmp_path / "run", "bare", 1)
+    assert load_model(latest_checkpoint(tmp_path / "run")).config.vocab_size == 512
+    assert not (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_presets_decide_the_other_defaults():
+    tiny, paper = cli.preset_arguments("tiny").config, cli.preset_arguments("gpt2-355m").config
+    assert tiny.model.num_layers == 2 and tiny.optimizer.lr == 2e-3 and tiny.run.steps == 400
+    assert paper.model.num_layers == 24 and paper.optimizer.lr == 1.5e-4
+    assert paper.run.steps == 300_000 and paper.run.batch_size == 512
+
+
+def test_a_run_that_exists_is_not_overwritten(corpus, run, capsys):
+    before = sorted(path.name for path in run.iterdir())
+    text = refusal(capsys, "train", *SHORT, "--data", corpus / "ready", "--out", run)
+    assert "holds a run (step-00000004)" in text and "--resume auto" in text
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+# ------------------------------------------------------------------- train: refused before ranks
+
+
+@pytest.fixture
+def no_ranks(monkeypatch):
+    monkeypatch.setattr(cli, "launch", lambda *args, **kwargs: pytest.fail("ranks were started"))
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tp", 3], "num_heads=4 does not divide among 3 .* nearest that does is 3"),
+        (["--tp", 4, "--ffn-hidden-size", 90], "ffn_hidden_size=90 does not divide among 4"),
+        (["--tp", 2, "--vocab-multiple", 101], "padded_vocab_size=303 .* vocab_multiple"),
+        (["--dp", 3], "global_batch 4 does not divide .* on 3 data-parallel ranks"),
+        (["--micro-batch", 3], "global_batch 4 does not divide into micro-batches of 3"),
+        (["--tp", 0], "tp=0: an axis has at least 1 rank"),
+        (["--preset", "huge"], "preset 'huge' is unknown; use one of tiny, laptop"),
+        (["--hidden-size", 66], "hidden_size=66 does not divide by num_heads=4"),
+        (["--steps", 0], "steps=0: must be at least 1"),
+        (["--lr", -1], "lr=-1.0: must be a number above 0"),
+        (["--max-seq-len", 100_000], "hold .* tokens; a sample of seq_len 100000"),
+        (["--tokenizer", "absent.json"], "absent.json: no tokenizer there"),
+    ],
+)
+def test_options_that_cannot_be(corpus, tmp_path, capsys, options, words):
+    text = refusal(
+        capsys, "train", *SHORT, "--data", corpus / "ready", "--out", tmp_path / "run", *options
+    )
+    assert re.search(words, " ".join(text.split())), text
+    assert not (tmp_path / "run").exists()
+
+
+def short_index(folder):
+    path = folder / "tokens.idx"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def wrong_magic(folder):
+    path = folder / "tokens.idx"
+    path.write_bytes(b"NOTMAGIC" + path.read_bytes()[8:])
+
+
+def short_tokens(folder):
+    path = folder / "tokens.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def no_index(folder):
+    (folder / "tokens.idx").unlink()
+
+
+def large_ids(folder):
+    (folder / "tokenizer.json").unlink()
+    with TokenFileWriter(folder / "tokens", dtype=np.int32) as writer:
+        for _ in range(2):
+            writer.append([1] * 100 + [512])
+            writer.end_document()
+
+
+def one_document(folder):
+    with TokenFileWriter(folder / "tokens", 300) as writer:
+        writer.append([1] * 100)
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (short_index, "tokens.idx: cut short"),
+        (wrong_magic, "tokens.idx: begins with"),
+        (short_tokens, "tokens.bin: cut short"),
+        (no_index, "tokens.idx: no such file"),
+        (large_ids, "token id 512 .* outside the vocabulary of 512"),
+        (one_document, "1 documents cannot be split in 2 parts"),
+    ],
+)
+def test_a_token_file_that_is_damaged(corpus, tmp_path, capsys, damage, words):
+    data = shutil.copytree(corpus / "ready", tmp_path / "data")
+    damage(data)
+    out = tmp_path / "run"
+    text = refusal(capsys, "train", *SHORT, "--data", data, "--out", out)
+    assert re.search(words, text), text
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_text_that_is_none(corpus, tmp_path, capsys):
+    (tmp_path / "blank.txt").write_text("\n\n")
+    (tmp_path / "a.pdf").write_text("x")
+    rest = *SHORT, "--out", tmp_path / "run", "--data"
+    assert "no such path" in refusal(capsys, "train", *rest, tmp_path / "absent.txt")
+    assert "an empty corpus" in refusal(capsys, "train", *rest, tmp_path / "blank.txt")
+    assert "is not read as text" in refusal(capsys, "train", *rest, tmp_path / "a.pdf")
+    assert "no string in field 'text'" in refusal(capsys, "train", *rest, corpus / "a.jsonl")
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_a_missing_option_is_named(corpus, tmp_path, capsys):
+    assert "--out" in refusal(capsys, "train", "--data", corpus / "ready")
+    text = refusal(capsys, "train", "--data", corpus / "ready", "--out", tmp_path, "--stepz", 3)
+    assert "--stepz" in text
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_ranks_of_torchrun_do_not_all_write_the_token_file(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    text = refusal(
+        capsys, "train", *SHORT, "--data", corpus / "a.txt", "--out", tmp_path / "run"
+    )
+    assert "run megatron-edu prepare first" in text and not (tmp_path / "run").exists()
+
+
+def test_a_failure_inside_is_one_message(capsys, monkeypatch):
+    def fail(args):
+        raise FloatingPointError("step 3: loss nan")
+
+    monkeypatch.setitem(cli.VERBS, "demo", (fail, ""))
+    assert refusal(capsys, "demo") == "megatron-edu demo: step 3: loss nan\n"
+
+
+def test_ctrl_c_ends_with_130(capsys, monkeypatch):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "demo", (stop, ""))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["demo"])
+    assert end.value.code == 130 and capsys.readouterr().err == "megatron-edu demo: stopped\n"
+
+
+# ------------------------------------------------------------------- prepare, generate, convert
+
+
+def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
+    given = corpus / "ready" / "tokenizer.json"
+    source, out = str(corpus / "a.txt"), str(tmp_path / "out")
+    cli.main(["prepare", source, "--tokenizer", str(given), "--out", out])
+    assert "tokens in" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "tokenizer.json", "tokens.bin", "tokens.idx"
+    ]
+
+
+def test_prepare_refuses_what_holds_no_text(tmp_path, capsys):
+    text = refusal(capsys, "prepare", tmp_path / "absent", "--out", tmp_path / "out")
+    assert "no such path" in text and not (tmp_path / "out").exists()
+
+
+def written(capsys, *args):
+    capsys.readouterr()
+    cli.main([str(arg) for arg in ("generate", *args)])
+    return capsys.readouterr().out
+
+
+def test_generate_continues_a_prompt(run, capsys):
+    text = written(capsys, run, "--prompt", "The cat", "--tokens", 10)
+    assert text.startswith("The cat") and len(text) > len("The cat\n")
+    again = written(capsys, run / "step-00000004", "--prompt", "The cat", "--tokens", 10)
+    assert again == text
+    other = written(capsys, run, "--prompt", "The cat", "--tokens", 10, "--seed", 2)
+    assert other != text
+    greedy = [
+        written(capsys, run, "--temperature", 0, "--tokens", 5, "--seed", seed) for seed in (1, 2)
+    ]
+    assert greedy[0] == greedy[1]
+
+
+def test_generate_on_two_ranks_writes_the_same(run, capfd):
+    texts = [written(capfd, run, "--tokens", 10, "--tp", tp) for tp in (1, 2)]
+    assert texts[0] == texts[1]
+
+
+def test_generate_refuses(run, tmp_path, capsys):
+    assert "holds no tokenizer.json" in refusal(capsys, "generate", tmp_path / "absent")
+    assert "tokens=0: must be at least 1" in refusal(capsys, "generate", run, "--tokens", 0)
+    assert "top_p=2.0" in refusal(capsys, "generate", run, "--top-p", 2)
+    shutil.copy(run / "tokenizer.json", tmp_path)
+    assert "config.json cannot be read" in refusal(capsys, "generate", tmp_path)
+
+
+def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):
+    there, back = tmp_path / "there", tmp_path / "back"
+    cli.main(f"convert --from {run} --to {there} --format huggingface".split())
+    cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
+    tokenizers = {(folder / "tokenizer.json").read_bytes() for folder in (run, there, back)}
+    assert len(tokenizers) == 1
+    assert transformers.GPT2LMHeadModel.from_pretrained(there).config.vocab_size == 280
+    a, b = (load_model(latest_checkpoint(folder)).state_dict() for folder in (run, back))
+    assert all(torch.equal(a[name][:280], b[name][:280]) for name in a)
+    texts = [written(capsys, folder, "--tokens", 8) for folder in (run, back)]
+    assert texts[0] == texts[1]
+
+
+def test_convert_refuses(run, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for form in ("huggingface", "megatron_edu"):
+        text = refusal(
+            capsys, "convert", "--from", run, "--to", tmp_path / "full", "--format", form
+        )
+        assert "is not empty" in text
+    absent = tmp_path / "absent"
+    for form in ("huggingface", "megatron_edu"):
+        text = refusal(capsys, "convert", "--from", absent, "--to", tmp_path / "x", "--format", form)
+        assert "cannot be read" in text and not (tmp_path / "x").exists()

@@ -1,0 +1,86 @@
+"The pieces of the demo on a tiny checkpoint."
+
+import pytest
+import torch
+from gpt2_cases import config
+
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.tokenizer import train_tokenizer
+from megatron_edu.demo import (
+    DemoConfig,
+    compare_split,
+    compare_splits,
+    demo_plan,
+    equivalence_table,
+    sample,
+)
+from megatron_edu.generate import SamplingConfig
+from megatron_edu.models.gpt2 import GPT2
+from megatron_edu.prepare import prepare_documents
+from megatron_edu.training.checkpoint import load_model, save_checkpoint
+
+TEXT = ["the cat sat on the mat and the dog sat on the cat " * 10] * 3
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A checkpoint of the first step, its tokens and their tokenizer."
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = train_tokenizer(TEXT, 280)
+    tokens = prepare_documents(TEXT, folder, tokenizer)
+    model = GPT2(config(vocab_size=tokenizer.vocab_size, max_seq_len=64, dropout=0.1))
+    return save_checkpoint(folder, 0, model), tokens, tokenizer
+
+
+def batch(tokens: TokenFile):
+    rows = torch.from_numpy(tokens.read(0, 130).astype("int64")).view(2, 65)
+    return rows[:, :-1], rows[:, 1:]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_split_agrees_with_the_reference(ranks, made, tp):
+    folder, tokens, _ = made
+    rows = ranks(tp)(compare_split, tp, folder, *batch(tokens))
+    wanted = load_model(folder).double().eval().loss(*batch(tokens)).item()
+    for row in rows:
+        assert row.tp == tp and row.report.passed
+        assert row.loss == pytest.approx(wanted, abs=1e-10)
+        assert row.norm == pytest.approx(rows[0].norm, abs=1e-12) and row.norm > 0.1
+
+
+def test_the_table_has_a_line_a_split(made):
+    folder, tokens, _ = made
+    rows = compare_splits(folder, tokens, (1, 2))
+    assert [row.tp for row in rows] == [1, 2]
+    assert rows[0].loss == pytest.approx(rows[1].loss, abs=1e-10)
+    lines = equivalence_table(rows).splitlines()
+    assert len(lines) == 4 and [line.split()[0] for line in lines[2:]] == ["1", "2"]
+    for line, row in zip(lines[2:], rows, strict=True):
+        _, loss, norm, *differences = map(float, line.split())
+        assert loss == pytest.approx(row.loss, abs=1e-11)
+        assert norm == pytest.approx(row.norm, abs=1e-11)
+        assert len(differences) == 3 and max(differences) < 1e-10
+    assert all(line == line.rstrip() and len(line) < 80 for line in lines)
+
+
+def test_samples_begin_with_their_prompts_and_are_repeatable(made):
+    folder, _, tokenizer = made
+    prompts = "the cat", "on"
+    texts = sample(folder, tokenizer, prompts, 12)
+    assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
+    assert texts == sample(folder, tokenizer, prompts, 12)
+    other = sample(folder, tokenizer, prompts, 12, SamplingConfig(seed=9))
+    assert texts != other
+    assert all(len(text) > len(prompt) for text, prompt in zip(texts, prompts, strict=True))
+
+
+def test_the_plan_follows_the_options(tmp_path):
+    plan = demo_plan(DemoConfig(tmp_path, steps=40, tp=4, seed=7))
+    assert (plan.run.steps, plan.parallel.tp, plan.run.seed) == (40, 4, 7)
+    assert plan.run.out == tmp_path and plan.run.save_every == 40
+    assert plan.run.eval_every == 10 and plan.optimizer.warmup_steps == 4
+
+
+def test_a_demo_takes_at_least_one_step():
+    with pytest.raises(ValueError, match="steps=0: at least 1"):
+        DemoConfig(steps=0)

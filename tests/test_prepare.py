@@ -1,0 +1,109 @@
+"Text in, token file and tokenizer out; what is there survives a failure."
+
+import json
+
+import pytest
+
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_edu.prepare import find_token_file, prepare, prepare_documents
+
+TEXTS = ["The cat sat on the mat.", "A dog barks at the cat.", "Grüße und Küsse."]
+
+
+@pytest.fixture
+def lines(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def texts_of(folder):
+    "What the token file and the tokenizer beside it say."
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    file = TokenFile(folder / "tokens")
+    assert all(ids[-1] == tokenizer.eod_id for ids in file)
+    return [tokenizer.decode(ids[:-1].tolist()) for ids in file]
+
+
+def test_the_text_comes_back(lines, tmp_path):
+    file = prepare((lines,), tmp_path / "out", vocab_size=300, text_field="body")
+    assert texts_of(tmp_path / "out") == TEXTS and len(file) == 3
+    names = ["tokenizer.json", "tokens.bin", "tokens.idx"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+
+
+def test_a_given_tokenizer_is_used_and_kept(lines, tmp_path):
+    tokenizer = train_tokenizer(["hello world, hello"], 270)
+    tokenizer.save(tmp_path / "mine.json")
+    prepare((lines,), tmp_path / "out", tmp_path / "mine.json", 9999, "body")
+    assert texts_of(tmp_path / "out") == TEXTS
+    kept = load_tokenizer(tmp_path / "out" / "tokenizer.json")
+    assert kept.core.get_vocab() == tokenizer.core.get_vocab()
+
+
+def test_the_trained_vocabulary_is_as_large_as_asked(lines, tmp_path):
+    prepare((lines,), tmp_path / "out", vocab_size=262, text_field="body")
+    assert load_tokenizer(tmp_path / "out").vocab_size == 262
+
+
+def test_four_names_of_a_token_file(lines, tmp_path):
+    out = tmp_path / "out"
+    prepare((lines,), out, vocab_size=300, text_field="body")
+    for name in (out, out / "tokens", out / "tokens.bin", out / "tokens.idx"):
+        assert find_token_file(name) == out / "tokens"
+
+
+def test_a_prefix_may_hold_a_point(tmp_path):
+    prepare_documents(TEXTS, tmp_path / "out", train_tokenizer(TEXTS, 300))
+    for kind in ("bin", "idx"):
+        (tmp_path / "out" / f"tokens.{kind}").rename(tmp_path / f"v1.2.{kind}")
+    assert find_token_file(tmp_path / "v1.2") == tmp_path / "v1.2"
+    assert find_token_file(tmp_path / "v1.2.bin") == tmp_path / "v1.2"
+
+
+def test_text_and_nothing_are_no_token_file(lines, tmp_path):
+    for path in (lines, tmp_path, tmp_path / "absent"):
+        assert find_token_file(path) is None
+
+
+@pytest.mark.parametrize("half", ["bin", "idx"])
+def test_half_a_token_file_is_named(lines, tmp_path, half):
+    prepare((lines,), tmp_path / "out", vocab_size=300, text_field="body")
+    (tmp_path / "out" / f"tokens.{half}").unlink()
+    with pytest.raises(ValueError, match=rf"tokens.{half}: no such file"):
+        TokenFile(find_token_file(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"text_field": "text"}, "line 1: no string in field 'text'"),
+        ({"vocab_size": 256, "text_field": "body"}, "vocab_size 256 is too small"),
+        ({"tokenizer": "absent", "text_field": "body"}, "no tokenizer there"),
+    ],
+)
+def test_bad_input_leaves_nothing(lines, tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        prepare((lines,), tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_corpus_is_refused(tmp_path):
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    with pytest.raises(ValueError, match="an empty corpus"):
+        prepare((tmp_path / "blank.txt",), tmp_path / "out")
+
+
+def test_a_failure_leaves_the_old_tokens_with_their_tokenizer(lines, tmp_path):
+    out = tmp_path / "out"
+    prepare((lines,), out, vocab_size=300, text_field="body")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def broken():
+        yield "fine"
+        raise ValueError("the disk is gone")
+
+    with pytest.raises(ValueError, match="disk is gone"):
+        prepare_documents(broken(), out, train_tokenizer(["something else"], 260))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
