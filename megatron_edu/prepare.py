@@ -17,7 +17,7 @@ from .data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 TOKENS = "tokens"                   # prefix of the token file in a prepared folder
 TOKENIZER = "tokenizer.json"        # beside it
 
-# %% ../nbs/7_using/00_prepare.ipynb #2648d9fc
+# %% ../nbs/7_using/00_prepare.ipynb #06a49c4f
 def find_token_file(
     path: Path,             # a prepared folder, a prefix, or a .bin or .idx file
 ) -> Path | None:           # prefix of a token file; None if `path` is something else
@@ -32,7 +32,7 @@ def find_token_file(
             return prefix
     return None
 
-
+# %% ../nbs/7_using/00_prepare.ipynb #d8af87ec
 def prepare_documents(
     documents: Iterable[str],       # read once, in a stream
     out: Path,                      # folder for tokens.bin, tokens.idx and tokenizer.json

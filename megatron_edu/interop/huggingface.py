@@ -90,7 +90,7 @@ def read_config(
         gelu=GELU[activation], layer_norm_eps=theirs.get("layer_norm_epsilon", 1e-5),
     )
 
-
+# %% ../../nbs/7_using/04_huggingface.ipynb #bcbcde4f
 def read_tensors(
     folder: Path,
 ) -> dict[str, torch.Tensor]:
@@ -139,7 +139,7 @@ def load_huggingface(
     model.load_state_dict(shard_state_dict(full, model))
     return model
 
-
+# %% ../../nbs/7_using/04_huggingface.ipynb #884bfc1e
 def save_huggingface(
     model: GPT2,
     folder: str | Path,     # is written whole or not at all
