@@ -11,7 +11,7 @@ from megatron_edu.tensor_parallel.cross_entropy import vocab_parallel_cross_entr
 from megatron_edu.tensor_parallel.norm import clip_grad_norm
 from megatron_edu.tensor_parallel.random import seed_replica
 from megatron_edu.tensor_parallel.shard import gather_state_dict, gather_tensors, shard_rules
-from megatron_edu.testing import check_equivalence, compare_with_reference
+from megatron_edu.testing import check_equivalence
 from megatron_edu.training.data_parallel import DataParallel
 from megatron_edu.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -85,6 +85,7 @@ def bf16_errors(tp, device):
     for each in (model, full):
         with torch.autocast(device, torch.bfloat16):
             loss = each.loss(*data)
+        assert loss.dtype == torch.float32, "the loss is added up in fp32"
         loss.backward()
         gradients = {name: p.grad for name, p in each.named_parameters()}
         if each is model:
@@ -97,7 +98,7 @@ def bf16_errors(tp, device):
 @pytest.mark.parametrize("tp", [2, 4])
 def test_bf16_autocast_errs_no_more_than_the_reference(ranks, device, tp):
     for ours, theirs in ranks(tp)(bf16_errors, tp, device):
-        assert 0 < ours[0] < 0.02 and 0 < ours[1] < 0.02
+        assert 0 < ours[0] < 5e-3 and 0 < ours[1] < 2e-2
         assert ours[1] < 2 * theirs[1]
 
 
@@ -353,21 +354,6 @@ def build(tp, **changes):
 def test_sizes_that_do_not_divide(ranks, tp, changes, parts):
     for said in ranks(tp)(build, tp, **changes):
         assert all(part in said for part in ["4 tensor-parallel ranks", *parts]), said
-
-
-def nan_gradient(tp, device):
-    "A NaN in one rank's slice turns the checks red on every rank."
-    group = groups(tp, 1, device).tp_group
-    model, full = pair(config(), group, device=device)
-    with torch.no_grad():
-        if group.rank() == 1:
-            model.blocks[0].mlp.up.weight[0, 0] = torch.nan
-    return compare_with_reference(model, full, *batch(config(), device=device)).red
-
-
-@pytest.mark.parametrize("tp", [2])
-def test_a_nan_on_one_rank_is_seen_on_all(ranks, device, tp):
-    assert ranks(tp)(nan_gradient, tp, device) == [["loss", "sharded", "replicated", "norm"]] * tp
 
 
 def test_shaken_weights_are_all_different_from_the_initial_ones():
