@@ -241,7 +241,7 @@ _entries = itertools.count(2718)    # for the mutant below: moves on at every en
          "private generator: recomputation draws anew", "appendix B: both streams are replayed")
 @contextlib.contextmanager
 def private_generator(real, group):
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng():
         torch.manual_seed(64 * next(_entries) + group_rank(group))
         yield
 
@@ -295,14 +295,14 @@ def _two_models(
     device: str,
 ) -> tuple[GPT2, nn.Module, bool]:      # with equal weights; was it so before they were loaded?
     "The split model and the reference, moved away from the zeros and ones of fresh weights."
-    model, full = GPT2(CONFIG, groups.tp_group), reference.GPT2(CONFIG)
+    model, full = GPT2(CONFIG, groups.tp_group).to(device), reference.GPT2(CONFIG).to(device)
     fresh, want = gather_state_dict(model), full.state_dict()
     equal = all(torch.equal(fresh[name], want[name]) for name in want)
     generator = torch.Generator().manual_seed(0)
     for parameter in full.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(device)
     model.load_state_dict(shard_state_dict(full.state_dict(), model))
-    return model.to(device, torch.float64), full.to(device, torch.float64), equal
+    return model.double(), full.double(), equal
 
 # %% ../nbs/4_models/05_mutants.ipynb #067b6f12
 def _masks_right(groups: ParallelGroups, device: str) -> bool:
