@@ -64,7 +64,7 @@ def preset_arguments(preset: str) -> TrainArguments:
         optimizer = OptimizerConfig(lr=2e-3, min_lr=2e-4, warmup_steps=40)
     return TrainArguments(tyro.MISSING, TrainConfig(PRESETS[preset], run, optimizer), preset)
 
-# %% ../nbs/7_using/03_cli.ipynb #7b3984e0
+# %% ../nbs/7_using/03_cli.ipynb #0189ce62
 def check_plan(config: TrainConfig) -> None:
     "Raise `ValueError` for sizes that do not divide among the ranks, before any rank starts."
     model, run, tp, dp = config.model, config.run, config.parallel.tp, config.parallel.dp
@@ -83,7 +83,7 @@ def check_tokens(config: TrainConfig, tokens: TokenFile) -> None:
     for part in split_documents(len(starts) - 1, (1 - held_out, held_out)):
         check_documents(str(tokens.prefix), starts, part, config.model.max_seq_len)
 
-
+# %% ../nbs/7_using/03_cli.ipynb #3f448031
 def describe(config: TrainConfig) -> str:
     "The resolved configuration, a paragraph a concern."
     paragraphs = []
@@ -92,7 +92,7 @@ def describe(config: TrainConfig) -> str:
         paragraphs.append(textwrap.fill(f"{concern:10} {text}", 100, subsequent_indent=" " * 11))
     return "\n".join(paragraphs)
 
-# %% ../nbs/7_using/03_cli.ipynb #c3899c8b
+# %% ../nbs/7_using/03_cli.ipynb #0b0a7ca8
 def find_tokens(
     arguments: TrainArguments,
     resumes: bool,                      # whether the run has a checkpoint to go on from
@@ -115,7 +115,7 @@ def find_tokens(
     file = prepare(arguments.data, out, chosen, vocab_size, arguments.text_field)
     return file, out / TOKENIZER
 
-
+# %% ../nbs/7_using/03_cli.ipynb #a16bdfe1
 def run_training(arguments: TrainArguments) -> None:
     "Turn text into tokens, check, train on all ranks. `ValueError` before any rank starts."
     config, out = arguments.config, arguments.config.run.out
@@ -138,7 +138,7 @@ def run_training(arguments: TrainArguments) -> None:
         print(describe(config), f"{'data':10} {tokens.num_tokens:,} tokens", sep="\n", flush=True)
     launch(train_from_folder, config.parallel, config, tokens.prefix)
 
-
+# %% ../nbs/7_using/03_cli.ipynb #3d455129
 def train_command(args: list[str]) -> None:
     "The verb `train`: the preset is read first, since it decides the other defaults."
     names = [b for a, b in zip(args, args[1:], strict=False) if a == "--preset"]
@@ -197,7 +197,7 @@ def generate_command(args: list[str]) -> None:
     written = launch(generate_on_rank, ParallelDims(tp=given.tp), *work, say=_quiet)
     print(tokenizer.decode(written))
 
-
+# %% ../nbs/7_using/03_cli.ipynb #77e21e41
 def generate_on_rank(
     groups: ParallelGroups,
     device: torch.device,
