@@ -90,7 +90,8 @@ def test_replicas_write_once_and_the_files_are_those_of_one_rank(ranks, tmp_path
     ranks(4)(first_steps, tmp_path / "grid", 2, 2)
     first_steps(tmp_path / "one", 1)
     for name in FILES[1:3]:
-        opened = [safe_open(tmp_path / run / "step-00000003" / name, "pt") for run in ("grid", "one")]
+        folders = [tmp_path / run / "step-00000003" for run in ("grid", "one")]
+        opened = [safe_open(folder / name, "pt") for folder in folders]
         grid, one = ({key: file.get_tensor(key) for key in file.keys()} for file in opened)
         torch.testing.assert_close(grid, one, rtol=0, atol=1e-10)
     assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == ["step-00000003"]

@@ -393,5 +393,6 @@ def test_convert_refuses(run, tmp_path, capsys):
         assert "is not empty" in text
     absent = tmp_path / "absent"
     for form in ("huggingface", "megatron_edu"):
-        text = refusal(capsys, "convert", "--from", absent, "--to", tmp_path / "x", "--format", form)
+        to = tmp_path / "x"
+        text = refusal(capsys, "convert", "--from", absent, "--to", to, "--format", form)
         assert "cannot be read" in text and not (tmp_path / "x").exists()

@@ -49,7 +49,8 @@ LOGITS = torch.tensor([[1.0, 4.0, 2.0, 3.0, 0.0]], dtype=torch.float64)
 
 
 def kept(logits, **knobs):
-    return torch.isfinite(filter_logits(logits, SamplingConfig(**knobs)))[0].nonzero()[:, 0].tolist()
+    kept = torch.isfinite(filter_logits(logits, SamplingConfig(**knobs)))[0]
+    return kept.nonzero()[:, 0].tolist()
 
 
 def test_temperature_divides():
@@ -58,7 +59,8 @@ def test_temperature_divides():
 
 
 @pytest.mark.parametrize(
-    ("k", "ids"), [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])]
+    ("k", "ids"),
+    [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (5, [0, 1, 2, 3, 4]), (99, [0, 1, 2, 3, 4])],
 )
 def test_top_k_keeps_the_k_likeliest(k, ids):
     assert kept(LOGITS, top_k=k) == ids

@@ -125,7 +125,8 @@ def fail_on_one(groups, device, error):
 
 
 @pytest.mark.parametrize(
-    ("error", "trace"), [(ValueError("7 is no even number"), False), (KeyError("no such key"), True)]
+    ("error", "trace"),
+    [(ValueError("7 is no even number"), False), (KeyError("no such key"), True)],
 )
 def test_one_failing_rank_ends_all_and_is_reported_once(gloo, capfd, error, trace):
     with pytest.raises(RankError, match="rank 1 failed") as caught:
