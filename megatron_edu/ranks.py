@@ -7,6 +7,7 @@ __all__ = ['RankError', 'join_world', 'Ranks']
 
 # %% ../nbs/1_ranks/01_ranks.ipynb #2b706831
 import contextlib
+import importlib
 import io
 import linecache
 import multiprocessing
@@ -279,6 +280,22 @@ def _check(size: int, backend: str, timeout: float, threads: int | None) -> None
         )
 
 # %% ../nbs/1_ranks/01_ranks.ipynb #e119a7b4
+class _Pickler(cloudpickle.Pickler):
+    "Functions by value, modules of special types (PyTorch's `config` modules) by name."
+
+    def reducer_override(self, obj):
+        if isinstance(obj, types.ModuleType) and type(obj) is not types.ModuleType:
+            return importlib.import_module, (obj.__name__,)
+        return super().reducer_override(obj)
+
+
+def _pickle(call: tuple) -> bytes:
+    "A function and its arguments, as bytes that another process can read."
+    stream = io.BytesIO()
+    _Pickler(stream).dump(call)
+    return stream.getvalue()
+
+# %% ../nbs/1_ranks/01_ranks.ipynb #d691c1fc
 @dataclass(eq=False)
 class Ranks(contextlib.AbstractContextManager):
     """Processes on this machine that wait for functions: `results = Ranks(4)(fn, *args)`.
@@ -298,7 +315,7 @@ class Ranks(contextlib.AbstractContextManager):
 
     def __call__(self, fn: Callable, *args, **kwargs) -> list[Any]:  # one result a rank, in order
         "Run `fn(*args, **kwargs)` on every rank. Raises one `RankError` if any rank fails."
-        payload = cloudpickle.dumps((fn, args, kwargs))
+        payload = _pickle((fn, args, kwargs))
         with self._calling:
             try:
                 if self._world is None:

@@ -1,6 +1,7 @@
 """Worlds of processes: what they return, how they fail, and that nothing of them stays."""
 
 import gc
+import importlib
 import linecache
 import os
 import signal
@@ -513,3 +514,12 @@ if sys.platform == "linux":
         addresses = four(listening_addresses)
         assert all(addresses)
         assert {address for each in addresses for address in each} == {"0100007F"}  # 127.0.0.1
+
+
+def test_a_name_that_looks_like_a_submodule_travels(four):
+    "`config` beside `dist` looks like torch.distributed.config, whose type no pickler takes."
+    importlib.import_module("torch.distributed.config")
+
+    here = {"__name__": "__main__", "dist": dist, "config": 10}
+    exec("def number(): return dist.get_rank() + config", here)
+    assert four(here["number"]) == [10, 11, 12, 13]
