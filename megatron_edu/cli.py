@@ -29,7 +29,7 @@ from .demo import DemoConfig, demo, train_from_folder
 from .generate import SamplingConfig, generate
 from .interop.huggingface import load_huggingface, save_huggingface
 from .mesh import ParallelDims, ParallelGroups
-from .models.gpt2 import _check_vocabulary
+from .models.gpt2 import check_vocabulary
 from .prepare import TOKENIZER, TOKENS, find_token_file, prepare
 from .ranks import RankError
 from .scaling.bench import BenchConfig, bench
@@ -76,7 +76,7 @@ def check_plan(config: TrainConfig) -> None:
 
 def check_tokens(config: TrainConfig, tokens: TokenFile) -> None:
     "Raise `ValueError` for ids above the vocabulary, and for too little text."
-    _check_vocabulary(config.model, config.parallel.tp)
+    check_vocabulary(config.model, config.parallel.tp)
     tokens.check_vocab(config.model.vocab_size)
     held_out = config.run.validation
     starts = tokens.document_starts

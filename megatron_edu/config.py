@@ -46,12 +46,12 @@ class GPT2Config:
     "Shape of a GPT-2, for any number of ranks. `ValueError` for sizes that no model can have."
 
     num_layers: int                     # N: transformer blocks
-    hidden_size: int                    # h
+    hidden_size: int                    # h: numbers in the hidden state of a token
     num_heads: int                      # n; the head size is h / n
     vocab_size: int                     # v: ids that the tokenizer can produce
     max_seq_len: int                    # longest sequence, in tokens
     dropout: float = 0.1                # of embeddings, attention weights, and each half of a block
-    ffn_hidden_size: int | None = None  # f; None means 4h
+    ffn_hidden_size: int | None = None  # f: width inside the MLP; None means 4h
     gelu: str = "tanh"                  # "tanh": GPT-2's approximation; "exact": by erf
     layer_norm_eps: float = 1e-5        # added to the variance in every LayerNorm
     init_std: float = 0.02              # of the initial weights (paper, 4.2)

@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..mesh import ParallelDims, ParallelGroups
-from ..ranks import _PEER_LOST, RankError, join_world
+from ..ranks import PEER_LOST, RankError, join_world
 
 # %% ../../nbs/6_training/06_launch.ipynb #d311da88
 TIMEOUT = 600.0     # seconds that a collective of a training run may wait: a rank may be saving
@@ -127,7 +127,7 @@ def _rank(
     try:
         result = fn(_build(dims, backend), _device(backend), *args)
     except RuntimeError as error:
-        if any(sign in str(error) for sign in _PEER_LOST):
+        if any(sign in str(error) for sign in PEER_LOST):
             time.sleep(3)   # the rank that began it ends first, and is the one that is reported
         raise
     finally:
