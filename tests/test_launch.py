@@ -215,10 +215,11 @@ def test_ctrl_c_at_the_launcher_saves_on_all_ranks(tmp_path):
 
 
 JOIN = """
+import sys
 import test_launch
 from megatron_edu.mesh import ParallelDims
 for view in test_launch.launch(test_launch.look_around, ParallelDims(dp=2), 10):
-    print("view", view["rank"], view["total"], set(view["listening"]) <= set(test_launch.LOOPBACK))
+    sys.stdout.write(f"view {view['rank']} {view['total']}\\n")     # one write: two ranks share it
 """
 
 
@@ -231,7 +232,7 @@ def test_ranks_of_torchrun_join(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=180)
     assert done.returncode == 0, done.stderr
     lines = sorted(line for line in done.stdout.splitlines() if line.startswith("view"))
-    assert [line.split()[:3] for line in lines] == [["view", r, "30.0"] for r in "0011"]
+    assert [line.split() for line in lines] == [["view", r, "30.0"] for r in "0011"]
     assert done.stdout.count("2 ranks of torchrun (tp=1, dp=2), backend gloo") == 1
 
 
