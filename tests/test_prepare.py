@@ -47,6 +47,12 @@ def test_the_trained_vocabulary_is_as_large_as_asked(lines, tmp_path):
     assert load_tokenizer(tmp_path / "out").vocab_size == 262
 
 
+def test_all_inputs_are_read_in_their_order(lines, tmp_path):
+    (tmp_path / "more.txt").write_text("And a fourth text.")
+    prepare((lines, tmp_path / "more.txt"), tmp_path / "out", vocab_size=300, text_field="body")
+    assert texts_of(tmp_path / "out") == [*TEXTS, "And a fourth text."]
+
+
 def test_four_names_of_a_token_file(lines, tmp_path):
     out = tmp_path / "out"
     prepare((lines,), out, vocab_size=300, text_field="body")
