@@ -4,6 +4,7 @@ import pytest
 import torch
 from gpt2_cases import config
 
+import megatron_edu.generate
 from megatron_edu.comm import Ledger
 from megatron_edu.generate import SamplingConfig, choose, filter_logits, generate
 from megatron_edu.mesh import ParallelDims
@@ -78,6 +79,10 @@ def test_top_p_keeps_the_token_that_crosses_the_line(p, ids):
     assert kept(LOGITS, top_p=p) == ids
 
 
+def test_top_p_needs_no_second_token_where_the_first_has_exactly_p():
+    assert len(kept(torch.zeros(1, 2, dtype=torch.float64), top_p=0.5)) == 1
+
+
 def test_top_p_looks_at_what_top_k_and_temperature_left():
     "Of two tokens the first has 0.73; at temperature 4 it has 0.56, so the second is needed."
     assert kept(LOGITS, top_k=2, top_p=0.7) == [1]
@@ -97,6 +102,16 @@ def test_draws_have_the_probabilities_that_are_left():
     share = draws.bincount(minlength=5) / 20_000
     torch.testing.assert_close(share.double(), wanted, rtol=0, atol=0.015)
     assert share[0] == share[4] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_draw_does_not_depend_on_the_type_of_the_logits(dtype):
+    logits = torch.randn(500, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    draws = (
+        choose(x, SamplingConfig(), torch.Generator().manual_seed(1))
+        for x in (logits, logits.double())
+    )
+    assert torch.equal(*draws)
 
 
 def test_greedy_takes_the_likeliest_and_draws_nothing():
@@ -132,6 +147,16 @@ def test_the_settings_differ_and_no_padding_id_is_chosen(alone):
     assert all(torch.equal(ids[:, :3], PROMPTS) for ids in alone.values())
 
 
+def test_a_padding_id_is_not_chosen_though_its_logit_is_the_largest():
+    built = model()
+    with torch.no_grad():
+        built.wte.weight[CONFIG.vocab_size :] = 1e3 * built.ln_f.weight
+        built.ln_f.bias.fill_(1.0)      # so that every state points to these rows
+    assert (built(PROMPTS)[:, -1].argmax(-1) >= CONFIG.vocab_size).all()
+    for setting in (SamplingConfig(temperature=0), SamplingConfig()):
+        assert generate(built, PROMPTS, 4, setting).max() < CONFIG.vocab_size
+
+
 def test_greedy_follows_the_models_own_logits(alone):
     ids, built = alone["greedy"], model().eval()
     for s in range(3, ids.shape[1]):
@@ -145,6 +170,22 @@ def count(tp, device):
         generate(built, PROMPTS.to(device), 5)
     gathered = ledger.count("all_gather"), ledger.elements("all_gather")
     return gathered, ledger.count("broadcast"), ledger.elements("broadcast"), len(ledger.records)
+
+
+def write_with_a_rank_that_would_choose_otherwise(tp, device):
+    group = ParallelDims(tp=tp).build(device).tp_group
+    own = megatron_edu.generate.choose
+    megatron_edu.generate.choose = lambda *args: (own(*args) + group.rank()) % CONFIG.vocab_size
+    try:
+        return generate(model(group, device), PROMPTS.to(device), 4, SETTINGS["greedy"]).cpu()
+    finally:
+        megatron_edu.generate.choose = own
+
+
+@pytest.mark.parametrize("tp", [2])
+def test_the_first_ranks_choice_is_everyones(ranks, device, alone, tp):
+    for ids in ranks(tp)(write_with_a_rank_that_would_choose_otherwise, tp, device):
+        assert torch.equal(ids, alone["greedy"][:, :7])
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -167,6 +208,9 @@ def test_a_context_that_is_too_long_goes_on_with_its_last_tokens():
     ids = generate(built, long, 3, setting)
     assert ids.shape == (1, 43) and torch.equal(ids[:, :40], long)
     assert torch.equal(ids[:, 40:], generate(built, long[:, -17:], 3, setting)[:, 17:])
+    for s in range(40, 43):
+        last = built(ids[:, s - 17 : s])[:, -1, : CONFIG.vocab_size]
+        assert torch.equal(last.argmax(-1), ids[:, s])
 
 
 def test_writing_ends_when_every_row_has_the_stop_id(alone):
@@ -187,14 +231,23 @@ def test_a_stop_id_in_the_prompt_does_not_count():
 
 
 def test_the_model_is_left_in_the_mode_it_had_and_draws_no_dropout():
-    built = model()
+    built = GPT2(config(dropout=0.5))
     built.train()
     state = torch.get_rng_state()
-    generate(built, PROMPTS, 2)
+    first, second = (generate(built, PROMPTS, 8, SETTINGS["greedy"]) for _ in range(2))
     assert built.training and torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, second)
     built.eval()
-    generate(built, PROMPTS, 2)
+    assert torch.equal(generate(built, PROMPTS, 8, SETTINGS["greedy"]), first)
     assert not built.training
+
+
+def test_nothing_is_kept_for_a_backward_pass(monkeypatch):
+    built, seen = model(), []
+    states = built.hidden_states
+    monkeypatch.setattr(built, "hidden_states", lambda ids: seen.append(states(ids)) or seen[-1])
+    generate(built, PROMPTS, 2)
+    assert len(seen) == 2 and not any(x.requires_grad for x in seen)
 
 
 def test_a_prompt_without_a_token_is_refused():
