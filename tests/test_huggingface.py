@@ -9,7 +9,7 @@ import transformers
 from gpt2_cases import config
 
 from megatron_edu.interop import load_huggingface, save_huggingface
-from megatron_edu.interop.huggingface import names
+from megatron_edu.interop.huggingface import names, read_config
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models.gpt2 import GPT2
 from megatron_edu.tensor_parallel.shard import gather_state_dict
@@ -109,6 +109,22 @@ def test_there_and_back_keeps_every_bit(tmp_path):
         assert torch.equal(back.state_dict()[name][:rows], tensor[:rows]), name
 
 
+def test_what_is_no_weight_goes_along(tmp_path):
+    own = config(dropout=0.25, layer_norm_eps=1e-2, init_std=0.03, gelu="exact")
+    save_huggingface(GPT2(own), tmp_path / "there")
+    found = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "there").config
+    assert (found.resid_pdrop, found.embd_pdrop, found.attn_pdrop) == (0.25,) * 3
+    assert (found.layer_norm_epsilon, found.initializer_range) == (1e-2, 0.03)
+    assert found.activation_function == "gelu" and found.n_inner == 144
+    assert found.bos_token_id is None and found.eos_token_id is None
+    back = read_config(tmp_path / "there")
+    assert (back.dropout, back.layer_norm_eps, back.gelu) == (0.25, 1e-2, "exact")
+
+
+def test_a_configuration_without_an_activation_has_gpt2s(folder, tmp_path):
+    assert read_config(changed(folder, tmp_path, activation_function=None)).gelu == "tanh"
+
+
 def test_back_and_there_keeps_every_bit(folder, tmp_path):
     save_huggingface(load_huggingface(folder), tmp_path / "again")
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "again").state_dict()
@@ -164,6 +180,7 @@ def changed(folder, tmp_path, **fields):
         ({"activation_function": "relu"}, "activation_function 'relu' is not known"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
         ({"scale_attn_weights": False}, "scale_attn_weights is False"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"n_head": None}, "lacks n_head"),
