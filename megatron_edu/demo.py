@@ -26,15 +26,11 @@ from .tensor_parallel.norm import grad_norm
 from .tensor_parallel.shard import gather_state_dict
 from .testing import Report, compare_with_reference
 from .training.checkpoint import checkpoint_folder, load_model
+from .training.journal import read_metrics, validation_losses
 from .training.launch import launch
-from megatron_edu.training.loop import (
-    RunConfig,
-    TrainConfig,
-    read_metrics,
-    train,
-    validation_losses,
-)
+from .training.loop import train
 from .training.optimizer import OptimizerConfig
+from .training.step import RunConfig, TrainConfig
 
 # %% ../nbs/7_using/02_demo.ipynb #9c712a71
 def train_from_folder(

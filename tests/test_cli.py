@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from gpt2_cases import config
 
 from megatron_edu import cli
 from megatron_edu.data.token_file import TokenFileWriter
 from megatron_edu.training.checkpoint import latest_checkpoint, load_model
-from megatron_edu.training.loop import read_metrics
+from megatron_edu.training.journal import read_metrics
 
 TEXT = "The cat sat on the mat, and the dog barked at the cat.\n\n"
 SHORT = (
@@ -368,6 +369,42 @@ def test_generate_refuses(run, tmp_path, capsys):
     assert "top_p=2.0" in refusal(capsys, "generate", run, "--top-p", 2)
     shutil.copy(run / "tokenizer.json", tmp_path)
     assert "config.json cannot be read" in refusal(capsys, "generate", tmp_path)
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("tp", [0, 3, 8])
+def test_generate_refuses_ranks_that_do_not_divide_the_model(run, capsys, tp):
+    text = refusal(capsys, "generate", run, "--tp", tp)
+    sizes = "num_heads=4, ffn_hidden_size=256 and padded_vocab_size=384"
+    assert f"tp={tp}: it must divide {sizes} of the model" in text
+    assert text.endswith("use --tp 1 or 2 or 4\n")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fit"),
+    [
+        ({"num_heads": 4, "ffn_hidden_size": 90}, [1, 2]),
+        ({"num_heads": 6}, [1, 2]),
+        ({"num_heads": 6, "vocab_size": 103, "vocab_multiple": 3}, [1, 3]),
+        ({"num_heads": 6, "vocab_multiple": 6}, [1, 2, 3, 6]),
+    ],
+)
+def test_heads_feed_forward_and_padded_vocabulary_decide_the_ranks(sizes, fit):
+    found = []
+    for tp in range(1, 9):
+        try:
+            cli.check_split(config(**sizes), tp)
+            found.append(tp)
+        except ValueError as error:
+            assert f"use --tp {' or '.join(map(str, fit))}" in str(error)
+    assert found == fit
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_generate_refuses_a_model_of_another_library(run, tmp_path, capsys):
+    cli.main(f"convert --from {run} --to {tmp_path / 'theirs'}".split())
+    text = refusal(capsys, "generate", tmp_path / "theirs", "--tp", 2)
+    assert "config.json cannot be read (KeyError('model'))" in text and "convert the model" in text
 
 
 def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):

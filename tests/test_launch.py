@@ -17,7 +17,7 @@ from megatron_edu.ranks import RankError
 from megatron_edu.training import launch as launch_module
 from megatron_edu.training.checkpoint import latest_checkpoint
 from megatron_edu.training.launch import choose_backend, launch
-from megatron_edu.training.loop import read_metrics
+from megatron_edu.training.journal import read_metrics
 
 LISTENING = "0A"        # state of a socket in /proc/net/tcp
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")

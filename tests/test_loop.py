@@ -20,24 +20,17 @@ from megatron_edu.config import GPT2Config
 from megatron_edu.data.gpt2 import GPT2Samples
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.mesh import ParallelDims
-from megatron_edu.training import loop
+from megatron_edu.training import loop, step
 from megatron_edu.training.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
     load_model,
     load_state,
 )
-from megatron_edu.training.loop import (
-    Data,
-    RunConfig,
-    TrainConfig,
-    read_metrics,
-    stop_requested,
-    train,
-    validation_loss,
-    validation_losses,
-)
+from megatron_edu.training.journal import read_metrics, validation_losses
+from megatron_edu.training.loop import stop_requested, train
 from megatron_edu.training.optimizer import OptimizerConfig
+from megatron_edu.training.step import Data, RunConfig, TrainConfig, validation_loss
 
 TINY = GPT2Config(2, 32, 4, vocab_size=90, max_seq_len=16, dropout=0.0, vocab_multiple=24)
 DROPOUT = replace(TINY, dropout=0.1)
@@ -197,7 +190,7 @@ def test_nan_stops_names_the_step_and_keeps_the_checkpoint(ranks, tmp_path, toke
 
 def test_nan_in_the_gradient_alone_stops_before_the_weights_change(tmp_path, tokens, monkeypatch):
     seen = []
-    real = loop.clip_grad_norm
+    real = step.clip_grad_norm
 
     def poisoned(model, clip):
         seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
@@ -205,7 +198,7 @@ def test_nan_in_the_gradient_alone_stops_before_the_weights_change(tmp_path, tok
             model.ln_f.bias.grad[0] = math.nan
         return real(model, clip)
 
-    monkeypatch.setattr(loop, "clip_grad_norm", poisoned)
+    monkeypatch.setattr(step, "clip_grad_norm", poisoned)
     models = []
     real_begin = loop.begin_run
     monkeypatch.setattr(loop, "begin_run", lambda *a: models.append(real_begin(*a)) or models[-1])

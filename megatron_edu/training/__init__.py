@@ -6,7 +6,8 @@
 __all__ = ['OptimizerConfig', 'RunConfig', 'TrainConfig', 'train']
 
 # %% ../../nbs/6_training/00_training.ipynb #93301f01
-from .loop import RunConfig, TrainConfig, train
+from .loop import train
 from .optimizer import OptimizerConfig
+from .step import RunConfig, TrainConfig
 
 _all_ = ["OptimizerConfig", "RunConfig", "TrainConfig", "train"]
