@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['shuffled_documents', 'sample_starts', 'shuffled_samples', 'SampleIndex', 'sample_index', 'check_documents',
-           'GPT2Samples', 'split_documents']
+           'gather_tokens', 'GPT2Samples', 'split_documents']
 
 # %% ../../nbs/5_data/04_samples.ipynb #da6b8407
 from collections.abc import Sequence
@@ -63,7 +63,9 @@ def sample_index(
     num_samples: int | None,    # None: those of one epoch
     seed: int,
 ) -> SampleIndex:
-    "The three arrays, for as many epochs as `num_samples` needs."
+    "The three arrays, for as many epochs as `num_samples` needs. ValueError if that is below 1."
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples {num_samples}; it must be 1 or more; ask for more")
     tokens = int(starts[documents.stop] - starts[documents.start])      # of an epoch
     wanted = (tokens - 1) // seq_len if num_samples is None else num_samples
     epochs = -(-(wanted * seq_len + 1) // tokens)
@@ -96,6 +98,24 @@ def check_documents(
         )
 
 # %% ../../nbs/5_data/04_samples.ipynb #33b755ff
+def gather_tokens(
+    token_file: TokenFile,
+    starts: np.ndarray,     # (documents of the file + 1,): first token of each
+    order: np.ndarray,      # the document order
+    place: int,             # in that order
+    offset: int,            # first token in that document
+    length: int,
+) -> np.ndarray:            # (length,)
+    "Tokens of the stream from one place on, from as many documents as they touch."
+    parts = []
+    while length:
+        start, stop = int(starts[order[place]]) + offset, int(starts[order[place] + 1])
+        parts.append(token_file.read(start, min(stop - start, length)))
+        length -= len(parts[-1])
+        place, offset = place + 1, 0
+    return np.concatenate(parts)
+
+# %% ../../nbs/5_data/04_samples.ipynb #c69dbda5
 class GPT2Samples(torch.utils.data.Dataset):
     """Training samples of a token file: s inputs, and the s labels that are one token further on.
 
@@ -111,13 +131,10 @@ class GPT2Samples(torch.utils.data.Dataset):
         seed: int = 1,
         documents: range | None = None,     # of the file; None: all (see `split_documents`)
     ):
-        self.token_file = token_file
-        self.seq_len = seq_len
+        self.token_file, self.seq_len = token_file, seq_len
         self.starts = token_file.document_starts
         documents = range(len(self.starts) - 1) if documents is None else documents
         check_documents(str(token_file.prefix), self.starts, documents, seq_len)
-        if num_samples is not None and num_samples < 1:
-            raise ValueError(f"num_samples {num_samples}; it must be 1 or more; ask for more")
         self.index = sample_index(self.starts, documents, seq_len, num_samples, seed)
 
     def __len__(self) -> int:
@@ -136,14 +153,8 @@ class GPT2Samples(torch.utils.data.Dataset):
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         place, offset = self.index.starts[self.index.shuffle[i]].tolist()
-        parts, missing = [], self.seq_len + 1
-        while missing:
-            document = self.index.documents[place]
-            start, stop = int(self.starts[document]) + offset, int(self.starts[document + 1])
-            parts.append(self.token_file.read(start, min(stop - start, missing)))
-            missing -= len(parts[-1])
-            place, offset = place + 1, 0
-        return np.concatenate(parts)
+        order, length = self.index.documents, self.seq_len + 1
+        return gather_tokens(self.token_file, self.starts, order, place, offset, length)
 
 # %% ../../nbs/5_data/04_samples.ipynb #549e31b0
 def split_documents(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'VERSION', 'DTYPES', 'HEADER', 'UINT16_LIMIT', 'MAX_SIZE', 'BLOCK', 'token_dtype', 'check_ids',
-           'written_aside', 'bin_path', 'idx_path', 'write_index', 'sync', 'token_type', 'as_ids', 'TokenFileWriter',
-           'expect_bytes', 'read_header', 'existing', 'count_tokens', 'mapped', 'TokenFile', 'tokenize_to_file']
+           'written_aside', 'bin_path', 'idx_path', 'write_index', 'sync', 'token_type', 'as_ids', 'Borders',
+           'files_of', 'TokenFileWriter', 'expect_bytes', 'existing', 'read_header', 'count_tokens', 'mapped',
+           'TokenIndex', 'TokenFile', 'tokenize_to_file']
 
 # %% ../../nbs/5_data/03_token_file.ipynb #cfe9e7e8
 import os
@@ -132,8 +133,46 @@ def as_ids(
     check_ids(ids, limit, what)
     return ids
 
-# %% ../../nbs/5_data/03_token_file.ipynb #393854b6
-class TokenFileWriter:
+# %% ../../nbs/5_data/03_token_file.ipynb #53b5bfc0
+class Borders:
+    "Where sequences and documents end, noted while their tokens are written."
+
+    def __init__(self):
+        self.sizes = array("i")             # tokens of each sequence
+        self.offsets = array("q", [0])      # first sequence of each document, and the end
+        self.open: int | None = None        # tokens of the open sequence; None: none is open
+
+    def end_sequence(self) -> None:
+        "End the open sequence: for BERT a sentence, one of several of a document."
+        self.sizes.append(self.open or 0)
+        self.open = None
+
+    def end_document(self) -> None:
+        "End the document, and the open sequence with it."
+        if self.open is not None:
+            self.end_sequence()
+        self.offsets.append(len(self.sizes))
+
+
+@contextmanager
+def files_of(
+    prefix: Path,
+    dtype: np.dtype,            # of a token
+    borders: Borders,           # filled while the block runs
+) -> Iterator[BinaryIO]:        # to write the tokens to
+    "Both files of a token file: the tokens as they come, the index at the end; or neither."
+    tokens, index = bin_path(prefix), idx_path(prefix)
+    tokens.parent.mkdir(parents=True, exist_ok=True)
+    with written_aside(tokens, index) as (tokens, index):
+        with tokens.open("xb", buffering=BLOCK) as stream:
+            yield stream
+            if borders.offsets[-1] != len(borders.sizes) or borders.open is not None:
+                borders.end_document()
+            sync(stream)
+        write_index(index, dtype, np.array(borders.sizes), np.array(borders.offsets))
+
+# %% ../../nbs/5_data/03_token_file.ipynb #a6d7727f
+class TokenFileWriter(Borders):
     """Write a token file in a stream: `with TokenFileWriter(prefix, vocab_size) as writer: ...`.
 
     The files get their names when the block ends without an exception; a failed one leaves nothing.
@@ -146,51 +185,25 @@ class TokenFileWriter:
         *,
         dtype: np.dtype | type | None = None,   # of a token, where vocab_size is not known
     ):
+        super().__init__()
         self.prefix = Path(prefix)
         self.dtype, self.limit = token_type(vocab_size, dtype)
-        self.sizes = array("i")                 # tokens of each sequence
-        self.offsets = array("q", [0])          # first sequence of each document, and the end
-        self._open: int | None = None           # tokens of the open sequence; None: none is open
 
     def append(self, tokens: Sequence[int] | np.ndarray) -> None:
         "Add tokens to the open sequence. Raises ValueError for what is no token id."
         ids = as_ids(tokens, self.limit, f"{self.prefix}, document {len(self.offsets) - 1}")
-        self._open = (self._open or 0) + len(ids)
-        if self._open > MAX_SIZE:
+        self.open = (self.open or 0) + len(ids)
+        if self.open > MAX_SIZE:
             raise ValueError(f"{self.prefix}: over {MAX_SIZE} tokens in one document; cut it")
         self._stream.write(ids.astype(self.dtype.newbyteorder("<")).tobytes())
 
-    def end_sequence(self) -> None:
-        "End the open sequence: for BERT a sentence, one of several of a document."
-        self.sizes.append(self._open or 0)
-        self._open = None
-
-    def end_document(self) -> None:
-        "End the document, and the open sequence with it."
-        if self._open is not None:
-            self.end_sequence()
-        self.offsets.append(len(self.sizes))
-
     def __enter__(self) -> "TokenFileWriter":
-        self._files = _files(self)
+        self._files = files_of(self.prefix, self.dtype, self)
         self._stream = self._files.__enter__()
         return self
 
     def __exit__(self, *exception) -> bool | None:
         return self._files.__exit__(*exception)
-
-# %% ../../nbs/5_data/03_token_file.ipynb #e0c7d7c5
-@contextmanager
-def _files(writer: TokenFileWriter) -> Iterator[BinaryIO]:
-    tokens, index = bin_path(writer.prefix), idx_path(writer.prefix)
-    tokens.parent.mkdir(parents=True, exist_ok=True)
-    with written_aside(tokens, index) as (tokens, index):
-        with tokens.open("xb", buffering=BLOCK) as stream:
-            yield stream
-            if writer.offsets[-1] != len(writer.sizes) or writer._open is not None:
-                writer.end_document()
-            sync(stream)
-        write_index(index, writer.dtype, np.array(writer.sizes), np.array(writer.offsets))
 
 # %% ../../nbs/5_data/03_token_file.ipynb #6022b5f2
 def expect_bytes(
@@ -207,6 +220,16 @@ def expect_bytes(
         )
 
 
+def existing(path: Path) -> Path:
+    "The same path; ValueError if there is no such file."
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file; a token file is a pair PREFIX.bin and PREFIX.idx; give the "
+            "prefix without an ending, or write the pair first"
+        )
+    return path
+
+# %% ../../nbs/5_data/03_token_file.ipynb #95401438
 def read_header(
     path: Path,                     # of an index
 ) -> tuple[np.dtype, int, int]:     # type of a token, sequences, document offsets
@@ -229,16 +252,6 @@ def read_header(
     need = HEADER.size + (4 + 8) * sequences + 8 * offsets
     expect_bytes(path, need, f"{sequences} sequences and {offsets} document offsets")
     return np.dtype(DTYPES[code]).newbyteorder("<"), sequences, offsets
-
-
-def existing(path: Path) -> Path:
-    "The same path; ValueError if there is no such file."
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file; a token file is a pair PREFIX.bin and PREFIX.idx; give the "
-            "prefix without an ending, or write the pair first"
-        )
-    return path
 
 # %% ../../nbs/5_data/03_token_file.ipynb #a911a2cc
 def count_tokens(
@@ -275,7 +288,26 @@ def mapped(
     return np.asarray(np.memmap(path, mode="r", dtype=dtype))
 
 # %% ../../nbs/5_data/03_token_file.ipynb #84384f5d
-class TokenFile:
+class TokenIndex:
+    "The index of a token file, mapped, its arrays checked against each other."
+
+    def __init__(self, path: Path):
+        self.dtype, n, _ = read_header(path)
+        body = mapped(path, np.uint8)[HEADER.size :]
+        self.sizes = body[: 4 * n].view("<i4")                  # (sequences,): tokens of each
+        self._starts = body[4 * n : 12 * n].view("<i8")         # (sequences,): byte offset of each
+        self.document_offsets = body[12 * n :].view("<i8")      # (documents + 1,)
+        arrays = self.sizes, self._starts, self.document_offsets
+        self.num_tokens = count_tokens(path, self.dtype.itemsize, *arrays)
+
+    @property
+    def document_starts(self) -> np.ndarray:
+        "(documents + 1,): the first token of each document, and at the end the number of tokens."
+        starts = np.append(self._starts // self.dtype.itemsize, self.num_tokens)
+        return starts[self.document_offsets]
+
+# %% ../../nbs/5_data/03_token_file.ipynb #e444c0e2
+class TokenFile(TokenIndex):
     """A token file, mapped into memory: nothing is read before it is asked for.
 
     It is a sequence of token arrays, one a sequence of the file (for GPT: one a document).
@@ -285,13 +317,7 @@ class TokenFile:
     def __init__(self, prefix: str | Path):     # of the files `prefix.bin` and `prefix.idx`
         self.prefix = Path(prefix)
         tokens, index = existing(bin_path(prefix)), existing(idx_path(prefix))
-        self.dtype, n, _ = read_header(index)
-        body = mapped(index, np.uint8)[HEADER.size :]
-        self.sizes = body[: 4 * n].view("<i4")
-        self._starts = body[4 * n : 12 * n].view("<i8")
-        self.document_offsets = body[12 * n :].view("<i8")
-        arrays = self.sizes, self._starts, self.document_offsets
-        self.num_tokens = count_tokens(index, self.dtype.itemsize, *arrays)
+        super().__init__(index)
         need = self.num_tokens * self.dtype.itemsize
         expect_bytes(tokens, need, f"the {self.num_tokens} tokens of its index")
         self._tokens = mapped(tokens, self.dtype)
@@ -313,12 +339,6 @@ class TokenFile:
             what = f"tokens {start} to {start + length} of {self.num_tokens}"
             raise ValueError(f"{self.prefix}: {what}; a read must lie inside; ask for less")
         return self._tokens[start : start + length]
-
-    @property
-    def document_starts(self) -> np.ndarray:
-        "(documents + 1,): the first token of each document, and at the end the number of tokens."
-        starts = np.append(self._starts // self.dtype.itemsize, self.num_tokens)
-        return starts[self.document_offsets]
 
     def check_vocab(self, vocab_size: int) -> None:
         "Read every token once; ValueError if one is outside the vocabulary."

@@ -60,8 +60,7 @@ class Tokenizer:
                 "name the one that does with eod_token="
             )
         core.add_special_tokens([eod_token])
-        self.core = core
-        self.eod_id: int = eod_id
+        self.core, self.eod_id = core, eod_id
         self.vocab_size: int = max(core.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
