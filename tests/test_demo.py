@@ -1,15 +1,21 @@
 "The pieces of the demo on a tiny checkpoint."
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gpt2_cases import config
 
+import megatron_edu.demo
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.tokenizer import train_tokenizer
 from megatron_edu.demo import (
+    PROMPTS,
     DemoConfig,
+    Row,
     compare_split,
     compare_splits,
+    demo,
     demo_plan,
     equivalence_table,
     sample,
@@ -17,7 +23,9 @@ from megatron_edu.demo import (
 from megatron_edu.generate import SamplingConfig
 from megatron_edu.models.gpt2 import GPT2
 from megatron_edu.prepare import prepare_documents
-from megatron_edu.training.checkpoint import load_model, save_checkpoint
+from megatron_edu.testing import Report
+from megatron_edu.training.checkpoint import checkpoint_folder, load_model, save_checkpoint
+from megatron_edu.training.journal import read_metrics, validation_losses
 
 TEXT = ["the cat sat on the mat and the dog sat on the cat " * 10] * 3
 
@@ -29,6 +37,9 @@ def made(tmp_path_factory):
     tokenizer = train_tokenizer(TEXT, 280)
     tokens = prepare_documents(TEXT, folder, tokenizer)
     model = GPT2(config(vocab_size=tokenizer.vocab_size, max_seq_len=64, dropout=0.1))
+    with torch.no_grad():       # unlike any initial weights
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
     return save_checkpoint(folder, 0, model), tokens, tokenizer
 
 
@@ -52,7 +63,8 @@ def test_the_table_has_a_line_a_split(made):
     folder, tokens, _ = made
     rows = compare_splits(folder, tokens, (1, 2))
     assert [row.tp for row in rows] == [1, 2]
-    assert rows[0].loss == pytest.approx(rows[1].loss, abs=1e-10)
+    wanted = load_model(folder).double().eval().loss(*batch(tokens)).item()
+    assert [row.loss for row in rows] == pytest.approx([wanted, wanted], abs=1e-10)
     lines = equivalence_table(rows).splitlines()
     assert len(lines) == 4 and [line.split()[0] for line in lines[2:]] == ["1", "2"]
     for line, row in zip(lines[2:], rows, strict=True):
@@ -63,12 +75,19 @@ def test_the_table_has_a_line_a_split(made):
     assert all(line == line.rstrip() and len(line) < 80 for line in lines)
 
 
+def test_the_table_shows_the_larger_of_two_differences():
+    rows = [Row(2, 1.0, 1.0, Report(*each)) for each in ((0, 1e-3, 1e-9, 0), (0, 1e-9, 1e-3, 0))]
+    assert [line.split()[4] for line in equivalence_table(rows).splitlines()[2:]] == ["1.0e-03"] * 2
+
+
 def test_samples_begin_with_their_prompts_and_are_repeatable(made):
     folder, _, tokenizer = made
     prompts = "the cat", "on"
     texts = sample(folder, tokenizer, prompts, 12)
     assert all(text.startswith(prompt) for text, prompt in zip(texts, prompts, strict=True))
     assert texts == sample(folder, tokenizer, prompts, 12)
+    cool = SamplingConfig(temperature=0.7, top_k=40)
+    assert texts == sample(folder, tokenizer, prompts, 12, cool)
     other = sample(folder, tokenizer, prompts, 12, SamplingConfig(seed=9))
     assert texts != other
     assert all(len(text) > len(prompt) for text, prompt in zip(texts, prompts, strict=True))
@@ -79,6 +98,41 @@ def test_the_plan_follows_the_options(tmp_path):
     assert (plan.run.steps, plan.parallel.tp, plan.run.seed) == (40, 4, 7)
     assert plan.run.out == tmp_path and plan.run.save_every == 40
     assert plan.run.eval_every == 10 and plan.optimizer.warmup_steps == 4
+    assert demo_plan(DemoConfig(tmp_path, steps=3)).run.eval_every == 1
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "The demo on little text with a small model."
+    model = config(vocab_size=270, max_seq_len=64, num_layers=1)
+    plan = megatron_edu.demo.demo_plan
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(megatron_edu.demo, "embedded_corpus", lambda: iter(TEXT * 20))
+    monkeypatch.setattr(megatron_edu.demo, "demo_plan", lambda c: replace(plan(c), model=model))
+
+
+@pytest.mark.usefixtures("small")
+def test_the_whole_of_it(tmp_path, capsys):
+    rows = demo(DemoConfig(tmp_path, steps=8, tp=1))
+    assert [row.tp for row in rows] == [1, 2, 4] and all(row.report.passed for row in rows)
+    assert load_model(checkpoint_folder(tmp_path, 8)).config.num_layers == 1
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    losses = [loss for _, loss in validation_losses(lines)]
+    assert losses[-1] < losses[0]
+    printed = capsys.readouterr().out
+    assert f"validation loss: {losses[0]:.2f} -> {losses[-1]:.2f}" in printed
+    assert all(f"-\n{prompt}" in printed for prompt in PROMPTS)
+    assert equivalence_table(rows) in printed
+
+
+@pytest.mark.usefixtures("small")
+def test_a_split_that_differs_is_an_error(tmp_path, monkeypatch):
+    good, bad = Report(0, 0, 0, 0), Report(0, 0, 1e-3, 0)
+    rows = [Row(1, 1.0, 1.0, good), Row(2, 1.0, 1.0, bad)]
+    monkeypatch.setattr(megatron_edu.demo, "compare_splits", lambda *args: rows)
+    with pytest.raises(AssertionError, match="tp=2 differs from the reference"):
+        demo(DemoConfig(tmp_path, steps=1, tp=1))
 
 
 def test_a_demo_takes_at_least_one_step():
