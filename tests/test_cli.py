@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import tyro
 from gpt2_cases import config
 
 from megatron_edu import cli
-from megatron_edu.data.token_file import TokenFileWriter
+from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_edu.ranks import RankError
 from megatron_edu.training.checkpoint import latest_checkpoint, load_model
 from megatron_edu.training.journal import read_metrics
 
@@ -109,7 +112,7 @@ def test_help_of_train_offers_every_field(capsys):
 
 
 def test_without_a_verb_the_verbs_are_listed(capsys):
-    for args in ([], ["--help"]):
+    for args in ([], ["--help"], ["-h"]):
         cli.main(args)
         text = capsys.readouterr().out
         assert all(f"  {verb}" in text for verb in cli.VERBS)
@@ -177,9 +180,53 @@ def test_a_vocabulary_without_a_tokenizer_is_the_presets(tmp_path, corpus):
 
 def test_presets_decide_the_other_defaults():
     tiny, paper = cli.preset_arguments("tiny").config, cli.preset_arguments("gpt2-355m").config
-    assert tiny.model.num_layers == 2 and tiny.optimizer.lr == 2e-3 and tiny.run.steps == 400
+    assert tiny.model.num_layers == 2 and tiny.run.steps == 400 and tiny.run.batch_size == 16
+    assert tiny.run.eval_every == tiny.run.save_every == 100
+    recipe = tiny.optimizer
+    assert (recipe.lr, recipe.min_lr, recipe.warmup_steps) == (2e-3, 2e-4, 40)
     assert paper.model.num_layers == 24 and paper.optimizer.lr == 1.5e-4
     assert paper.run.steps == 300_000 and paper.run.batch_size == 512
+
+
+def arguments(*options):
+    "What `train` is told, as far as it looks for tokens."
+    return tyro.cli(
+        cli.TrainArguments, args=list(map(str, options)), default=cli.preset_arguments("tiny"),
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def test_a_preset_may_be_given_in_one_word(capsys):
+    text = refusal(capsys, "train", "--preset=huge", "--data", "x", "--out", "y")
+    assert "preset 'huge' is unknown" in text
+
+
+def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "prepare", lambda *args: seen.append(args))
+    texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", tmp_path / "t"
+    options = "--data", *texts, "--out", out, "--vocab-size", 400, "--text-field", "body"
+    cli.find_tokens(arguments(*options), False)
+    cli.find_tokens(arguments(*options, "--tokenizer", given), False)
+    assert seen == [(texts, out, None, 400, "body"), (texts, out, given, 400, "body")]
+
+
+def test_text_is_tokenized_once_a_run(corpus, tmp_path):
+    "Tokens that a run left before its first checkpoint may be of other text."
+    options = arguments("--data", corpus / "a.txt", "--out", tmp_path, "--text-field", "body")
+    other = corpus / "ready"
+    for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
+        shutil.copy(other / name, tmp_path)
+    kept, path = cli.find_tokens(options, True)
+    assert len(kept) == len(TokenFile(other / "tokens")) and path == tmp_path / "tokenizer.json"
+    written, _ = cli.find_tokens(options, False)
+    assert len(written) != len(kept)
+
+
+def test_a_token_file_comes_alone(corpus, tmp_path, capsys):
+    data = corpus / "ready" / "tokens.bin", corpus / "a.txt"
+    text = refusal(capsys, "train", *SHORT, "--out", tmp_path / "run", "--data", *data)
+    assert "tokens.bin: file that is not read as text" in text
 
 
 def test_a_run_that_exists_is_not_overwritten(corpus, run, capsys):
@@ -303,12 +350,30 @@ def test_ranks_of_torchrun_do_not_all_write_the_token_file(corpus, tmp_path, cap
     assert "run megatron-edu prepare first" in text and not (tmp_path / "run").exists()
 
 
-def test_a_failure_inside_is_one_message(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        FloatingPointError("step 3: loss nan"),
+        ValueError("sizes differ"),
+        OSError("disk full"),
+        RankError(1, "rank 1 failed: killed"),
+    ],
+)
+def test_a_failure_inside_is_one_message(capsys, monkeypatch, error):
     def fail(args):
-        raise FloatingPointError("step 3: loss nan")
+        raise error
 
     monkeypatch.setitem(cli.VERBS, "demo", (fail, ""))
-    assert refusal(capsys, "demo") == "megatron-edu demo: step 3: loss nan\n"
+    assert refusal(capsys, "demo") == f"megatron-edu demo: {error}\n"
+
+
+def test_what_nobody_expected_keeps_its_traceback(monkeypatch):
+    def fail(args):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(cli.VERBS, "demo", (fail, ""))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["demo"])
 
 
 def test_ctrl_c_ends_with_130(capsys, monkeypatch):
@@ -325,13 +390,17 @@ def test_ctrl_c_ends_with_130(capsys, monkeypatch):
 
 
 def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
-    given = corpus / "ready" / "tokenizer.json"
+    given = tmp_path / "given.json"
+    train_tokenizer(["other words"], 260).save(given)
     source, out = str(corpus / "a.txt"), str(tmp_path / "out")
     cli.main(["prepare", source, "--tokenizer", str(given), "--out", out])
     assert "tokens in" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "tokenizer.json", "tokens.bin", "tokens.idx"
     ]
+    assert load_tokenizer(tmp_path / "out").core.get_vocab() == (
+        load_tokenizer(given).core.get_vocab()
+    )
 
 
 def test_prepare_refuses_what_holds_no_text(tmp_path, capsys):
@@ -356,6 +425,11 @@ def test_generate_continues_a_prompt(run, capsys):
         written(capsys, run, "--temperature", 0, "--tokens", 5, "--seed", seed) for seed in (1, 2)
     ]
     assert greedy[0] == greedy[1]
+
+
+def test_without_a_prompt_a_new_document_begins(run, capsys):
+    text = written(capsys, run, "--prompt", "", "--tokens", 5)
+    assert text.startswith("<|endoftext|>") and len(text) > len("<|endoftext|>\n")
 
 
 def test_generate_on_two_ranks_writes_the_same(run, capfd):
