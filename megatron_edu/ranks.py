@@ -13,7 +13,7 @@ import linecache
 import multiprocessing
 import os
 import re
-import shutil
+import secrets
 import signal
 import sys
 import tempfile
@@ -87,9 +87,15 @@ def _run(payload: bytes) -> _Answer:
     return _Answer("result", result, printed.getvalue())
 
 # %% ../nbs/1_ranks/01_ranks.ipynb #d5dcc875
+def _remove(rendezvous: str) -> None:
+    "Remove the file where ranks met, if it is still there."
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(rendezvous)
+
+
 def _leave(rendezvous: str) -> None:
     "End this rank at once. A tidy end would wait for peers in a half-finished collective."
-    shutil.rmtree(os.path.dirname(rendezvous), ignore_errors=True)
+    _remove(rendezvous)
     os._exit(0)
 
 
@@ -117,23 +123,28 @@ def _serve(rank, size, rendezvous, backend, timeout, threads, pipe) -> None:
         _leave(rendezvous)
 
 # %% ../nbs/1_ranks/01_ranks.ipynb #14e64f1c
+def _new_path() -> str:
+    "A path that nobody can guess, in the folder for temporary files."
+    return os.path.join(tempfile.gettempdir(), f"megatron_edu_ranks_{secrets.token_hex(16)}")
+
+
 @dataclass
 class _World:
     "The processes of a world and a pipe to each, in order of rank."
 
-    folder: str = field(default_factory=lambda: tempfile.mkdtemp(prefix="megatron_edu_ranks_"))
+    rendezvous: str = field(default_factory=_new_path)      # the first rank makes this file
     processes: list[Any] = field(default_factory=list)
     pipes: list[Connection] = field(default_factory=list)
 
     def end(self) -> None:
-        "Kill the ranks and remove the folder."
+        "Kill the ranks and remove the file."
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
             process.kill()
         for process in self.processes:
             process.join(5)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove(self.rendezvous)
 
 
 _hiding = threading.Lock()
@@ -155,12 +166,11 @@ def _start(world: _World, size: int, backend: str, timeout: float, threads: int 
     "Fill an empty world with ranks, and wait until they have met."
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed", "cloudpickle"])
-    rendezvous = os.path.join(world.folder, "rendezvous")
     for rank in range(size):
         ours, theirs = context.Pipe()
         process = context.Process(
             target=_serve,
-            args=(rank, size, rendezvous, backend, timeout, threads, theirs),
+            args=(rank, size, world.rendezvous, backend, timeout, threads, theirs),
             name=f"rank {rank}",
             daemon=True,
         )

@@ -380,6 +380,50 @@ def test_ranks_end_when_their_parent_is_killed_even_if_they_are_busy(folder):
     assert nothing_stays(folder, pids)
 
 
+def ends_within(process: subprocess.Popen, seconds: float) -> bool:
+    "Whether the script and all its family end: whoever lives holds the script's standard output."
+    try:
+        process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return False
+    return True
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.3, 0.8, 1.5])
+def test_nobody_outlives_a_parent_killed_while_it_starts(folder, delay):
+    process = start_script(folder, PIDS + "time.sleep(60)")
+    assert process.stdout.readline() == "top\n"
+    time.sleep(delay)
+    process.kill()
+    assert ends_within(process, 10)
+    assert nothing_stays(folder, [])
+
+
+def test_a_rank_that_comes_late_ends_though_its_neighbour_has_swept_up(folder):
+    text = """
+        import multiprocessing, shutil, signal, tempfile
+        from pathlib import Path
+
+        Process = multiprocessing.get_context("forkserver").Process
+        start = Process.start
+
+        def start_and_sweep(process):
+            start(process)
+            for path in Path(tempfile.gettempdir()).glob("megatron_edu_ranks_*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if process.name == "rank 1":
+                time.sleep(1.5)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Process.start = start_and_sweep
+    """
+    process = start_script(folder, textwrap.dedent(text) + PIDS)
+    assert ends_within(process, 20)
+    assert process.returncode == -signal.SIGKILL
+    assert nothing_stays(folder, [])
+
+
 def test_ctrl_c_ends_the_ranks_and_the_object_stays_usable(folder):
     text = """
         try:
