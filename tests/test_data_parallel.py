@@ -96,6 +96,23 @@ def test_averaged_gradients_are_those_of_the_whole_batch(ranks, device, tp, dp, 
         assert loss < 1e-10 and gradients < 1e-10 and apart == 0
 
 
+def loss_of_a_temporary(tp, dp, device):
+    "One backward pass of a loss whose `DataParallel` nobody has kept. Error of gradients, spread."
+    mine = groups(tp, dp, device)
+    model, full = pair(config(), mine.tp_group, device=device)
+    data = batch(config(), ROWS, device=device)
+    rows = rows_of(data, dp, mine.dp_rank)
+    loss = DataParallel(model, mine.dp_group).loss(*rows, num_tokens=counted(data) / dp)
+    loss.backward()
+    return gradient_errors(model, full, data), spread(model, mine.dp_group, grad_of)
+
+
+@replicated
+def test_a_loss_is_averaged_though_nobody_keeps_its_object(ranks, device, tp, dp):
+    for gradients, apart in ranks(tp * dp)(loss_of_a_temporary, tp, dp, device):
+        assert gradients < 1e-10 and apart == 0
+
+
 @pytest.mark.parametrize("tp, dp", [(1, 3)])
 def test_rows_need_not_be_shared_out_equally(ranks, device, tp, dp):
     for loss, gradients, apart in ranks(dp)(one_batch, tp, dp, MASKS["unequal"], device):

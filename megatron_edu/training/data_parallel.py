@@ -53,7 +53,11 @@ class DataParallel:
         "The module's loss. Its backward pass averages the gradients over the replicas."
         if self._ddp is None:
             return self.module.loss(*args, **kwargs)
-        return self._ddp(*args, **kwargs)
+        loss = self._ddp(*args, **kwargs)
+        if loss.requires_grad:
+            # The averages are DDP's work: the loss keeps it, if nobody else does.
+            loss.register_hook(lambda grad, ddp=self._ddp: None)
+        return loss
 
     def no_sync(self) -> contextlib.AbstractContextManager:
         "Inside, replicas sum gradients alone: for all micro-batches of a step but the last."
