@@ -248,18 +248,26 @@ def test_fused_layers_are_their_definition(ranks, device, tp):
             torch.testing.assert_close(got[name], want[name], rtol=0, atol=ATOL)
 
 
+class Noted(torch.utils._python_dispatch.TorchDispatchMode):
+    "Takes notes of matrix products and copies."
+
+    NAMES = {torch.ops.aten.mm: "product", torch.ops.aten.bmm: "product"}
+    NAMES |= {torch.ops.aten.addmm: "product", torch.ops.aten.clone: "copy"}
+
+    def __init__(self, events):
+        super().__init__()
+        self.events = events
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in self.NAMES:
+            self.events.append(self.NAMES[function.overloadpacket])
+        return function(*args, **(kwargs or {}))
 
 
 def order_of_the_backward_pass(device):
     "Which comes first, with `all_reduce_start` and its `wait` replaced by ones that take notes."
     events = []
     start = linear.all_reduce_start
-
-    class Noted(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm):
-                events.append("product")
-            return function(*args, **(kwargs or {}))
 
     class Waiting:
         def __init__(self, pending):
@@ -279,7 +287,7 @@ def order_of_the_backward_pass(device):
     y = column_linear(x, weight, None, group)
     linear.all_reduce_start = noted_start
     try:
-        with Noted():
+        with Noted(events):
             y.backward(torch.ones_like(y))
     finally:
         linear.all_reduce_start = start
@@ -297,10 +305,13 @@ def without_gradients(kind, needs_x, needs_weight, device):
     layer = build(kind, True, group).to(device)
     layer.weight.requires_grad_(needs_weight)
     x = draw(3, 5, layer.weight.shape[1]).to(device).requires_grad_(needs_x)
+    products = []
     with Ledger() as ledger:
-        layer(x).sum().backward()
+        y = layer(x).sum()
+        with Noted(products):
+            y.backward()
     given = (x.grad is not None, layer.weight.grad is not None, layer.bias.grad is not None)
-    return given, ledger.count(phase="backward")
+    return given, products.count("product"), ledger.count(phase="backward")
 
 
 @pytest.mark.parametrize("needs_weight", [True, False])
@@ -310,9 +321,40 @@ def without_gradients(kind, needs_x, needs_weight, device):
 def test_gradients_nobody_wants_are_neither_computed_nor_sent(
     ranks, device, kind, needs_x, needs_weight
 ):
-    for given, count in ranks(2)(without_gradients, kind, needs_x, needs_weight, device):
+    answers = ranks(2)(without_gradients, kind, needs_x, needs_weight, device)
+    for given, products, count in answers:
         assert given == (needs_x, needs_weight, True)
+        assert products == needs_x + needs_weight
         assert count == (kind == "column" and needs_x)
+
+
+def copies_of_the_forward_pass(device):
+    "Notes of a row layer without bias: what it does to its partial sums."
+    events, group = [], tp_group(device)
+    layer = build("row", False, group).to(device)
+    x = draw(3, 5, layer.weight.shape[1]).to(device)
+    with Noted(events):
+        layer(x)
+    return events
+
+
+@pytest.mark.world(2)
+def test_partial_sums_are_added_up_in_place(ranks, device):
+    assert ranks(2)(copies_of_the_forward_pass, device) == [["product"]] * 2
+
+
+def steps_of_one_rank(kind, device):
+    "How the result came about: the layer with a group of one, and PyTorch's function."
+    layer = build(kind, True, dist.group.WORLD).to(device)
+    x = draw(3, 5, layer.weight.shape[1]).to(device)
+    return layer(x).grad_fn.name(), F.linear(x, layer.weight, layer.bias).grad_fn.name()
+
+
+@pytest.mark.parametrize("kind", ["column", "row"])
+@pytest.mark.world(1)
+def test_a_group_of_one_rank_takes_the_short_way(ranks, device, kind):
+    for mine, its in ranks(1)(steps_of_one_rank, kind, device):
+        assert mine == its
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -420,3 +462,15 @@ def test_initial_weights_have_the_range_of_the_whole_layer(kind):
     layer = ColumnParallelLinear(400, 50) if kind == "column" else RowParallelLinear(400, 50)
     assert 0.045 < layer.weight.abs().max() <= 0.05         # 1 / sqrt(400)
     assert not layer.bias.any()
+
+
+def largest_initial_weight(kind):
+    torch.manual_seed(0)
+    return build(kind, True, dist.group.WORLD).weight.abs().max().item()
+
+
+@pytest.mark.parametrize("kind, inputs", [("column", 7), ("row", WIDTH)])
+@pytest.mark.world(4)
+def test_a_slice_too_has_the_range_of_the_whole_layer(ranks, kind, inputs):
+    for largest in ranks(4)(largest_initial_weight, kind):
+        assert 0.9 * inputs**-0.5 < largest <= inputs**-0.5
