@@ -32,7 +32,7 @@ CONFIG = "config.json"                  # the resolved configuration; "model": G
 STATE = "state.json"                    # step, samples consumed
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-# %% ../../nbs/6_training/04_checkpoint.ipynb #cb4793da
+
 def checkpoint_folder(run: Path, step: int) -> Path:
     "Where the checkpoint of a step lies in a run's folder."
     return Path(run) / f"step-{step:08d}"
