@@ -1,5 +1,6 @@
 "Ranks of one command and of torchrun: they meet, they end together, and no port is open to others."
 
+import contextlib
 import os
 import signal
 import socket
@@ -16,8 +17,8 @@ from megatron_edu.mesh import ParallelDims
 from megatron_edu.ranks import RankError
 from megatron_edu.training import launch as launch_module
 from megatron_edu.training.checkpoint import latest_checkpoint
-from megatron_edu.training.launch import choose_backend, launch
 from megatron_edu.training.journal import read_metrics
+from megatron_edu.training.launch import choose_backend, launch
 
 LISTENING = "0A"        # state of a socket in /proc/net/tcp
 LOOPBACK = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
@@ -212,6 +213,40 @@ def test_ctrl_c_at_the_launcher_saves_on_all_ranks(tmp_path):
     assert latest_checkpoint(tmp_path / "run").name == f"step-{step:08d}"
     assert errors.rstrip().endswith("KeyboardInterrupt")
     assert not any(alive(int((tmp_path / f"pid{rank}").read_text())) for rank in (0, 1))
+
+
+START = """
+import test_launch
+from megatron_edu.mesh import ParallelDims
+if __name__ == "__main__":
+    test_launch.launch(test_launch.sleep_long, ParallelDims(dp=2))
+"""
+
+
+def sleep_long(groups, device):
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("delay", [0.3, 1.0, 2.5])
+def test_no_rank_outlives_a_launcher_killed_while_they_start(tmp_path, delay):
+    script = tmp_path / "go.py"
+    script.write_text(START)
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline().startswith("2 ranks")
+        time.sleep(delay)
+        process.kill()
+        process.communicate(timeout=15)     # until the last one that can write there has ended
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 JOIN = """

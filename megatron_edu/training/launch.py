@@ -8,6 +8,7 @@ __all__ = ['TIMEOUT', 'choose_backend', 'launch']
 # %% ../../nbs/6_training/08_launch.ipynb #476c7e39
 import contextlib
 import logging
+import multiprocessing
 import os
 import signal
 import sys
@@ -107,6 +108,13 @@ def _rank_error(rank: int, failure: ProcessFailure) -> RankError:
     return RankError(rank, f"rank {rank} failed: {text}")
 
 # %% ../../nbs/6_training/08_launch.ipynb #fce12648
+def _leave_with_launcher() -> None:
+    "End this rank if the launcher dies before the ranks have met; later PyTorch has it signalled."
+    multiprocessing.parent_process().join()
+    if not dist.is_initialized():
+        os._exit(1)
+
+
 @record
 def _rank(
     fn: Callable,
@@ -117,6 +125,7 @@ def _rank(
 ) -> Any:
     "One rank under the elastic launcher on this machine."
     rank = int(os.environ["RANK"])
+    threading.Thread(target=_leave_with_launcher, daemon=True).start()
     if backend == "gloo":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dims.world_size))
     join_world(rank, dims.world_size, rendezvous, backend, TIMEOUT)
