@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import cloudpickle
@@ -87,15 +88,9 @@ def _run(payload: bytes) -> _Answer:
     return _Answer("result", result, printed.getvalue())
 
 # %% ../nbs/1_ranks/01_ranks.ipynb #d5dcc875
-def _remove(rendezvous: str) -> None:
-    "Remove the file where ranks met, if it is still there."
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(rendezvous)
-
-
 def _leave(rendezvous: str) -> None:
     "End this rank at once. A tidy end would wait for peers in a half-finished collective."
-    _remove(rendezvous)
+    Path(rendezvous).unlink(missing_ok=True)
     os._exit(0)
 
 
@@ -144,7 +139,7 @@ class _World:
             process.kill()
         for process in self.processes:
             process.join(5)
-        _remove(self.rendezvous)
+        Path(self.rendezvous).unlink(missing_ok=True)
 
 
 _hiding = threading.Lock()
