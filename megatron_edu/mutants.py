@@ -159,16 +159,27 @@ def position_gradient_summed(real, model, config, group=None, **options):
     model.wpe.weight.register_hook(lambda grad: all_reduce(grad, group))
 
 # %% ../nbs/4_models/05_mutants.ipynb #4c21cfe0
-@_mutant("tensor_parallel.fused_loss.all_reduce",
-         "softmax over own columns: sum not reduced", "section 3: three reductions")
-def sum_of_exponentials_local(real, x, group, op="sum", **options):
-    return x if op == "sum" and x.min() > 0 else real(x, group, op, **options)
+def _exchanged(real, x, group, change):
+    "The exchange of the loss with a mistake: own and gathered numbers, (2, n) and (t, 2, n)."
+    found = real(x, group).wait().clone()
+    change(found, group_rank(group))
+    return Pending(found, None)
 
 
-@_mutant("tensor_parallel.fused_loss.all_reduce",
-         "each rank subtracts its own maximum", "section 3: the maximum is the global one")
-def maximum_local(real, x, group, op="sum", **options):
-    return x if op == "max" else real(x, group, op, **options)
+@_mutant("tensor_parallel.fused_loss.all_gather_start",
+         "softmax over own columns: sum of the others missing", "section 3: a sum over all ranks")
+def sum_of_exponentials_local(real, x, group):
+    def change(found, rank):
+        found[:rank, 0] = found[rank + 1 :, 0] = -torch.inf
+    return _exchanged(real, x, group, change)
+
+
+@_mutant("tensor_parallel.fused_loss.all_gather_start",
+         "target's logit known to its rank alone", "section 3: all ranks have the loss")
+def target_not_exchanged(real, x, group):
+    def change(found, rank):
+        found[:rank, 1] = found[rank + 1 :, 1] = 0
+    return _exchanged(real, x, group, change)
 
 
 @_mutant("tensor_parallel.fused_loss.own_columns",
@@ -184,10 +195,10 @@ def padding_not_hidden(real, logits, *place, **options):
     return logits
 
 
-@_mutant("tensor_parallel.fused_loss.all_reduce",
+@_mutant("tensor_parallel.fused_loss.all_reduce_start",
          "output layer: f left out", "section 3: f before the output layer")
-def output_layer_without_f(real, x, group, *op, **options):
-    return x if x.dim() == 2 else real(x, group, *op, **options)
+def output_layer_without_f(real, x, group):
+    return Pending(x, None)
 
 # %% ../nbs/4_models/05_mutants.ipynb #8a4b067e
 @_mutant("tensor_parallel.norm.placements",

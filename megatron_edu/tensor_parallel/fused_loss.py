@@ -9,49 +9,52 @@ __all__ = ['CHUNK', 'linear_cross_entropy']
 import torch
 import torch.distributed as dist
 
-from ..comm import all_reduce, group_rank, group_size
+from ..comm import all_gather_start, all_reduce_start, group_rank, group_size
 from .cross_entropy import check_targets, hide_padding, own_columns
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #c60b7b2d
 CHUNK = 512     # rows of logits that exist at one time
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #1735190e
-def _softmax_rows(logits, targets, group, vocab_size):
-    "Losses of a few rows, which become this rank's own softmax; times `scale` it is the whole one."
+def _own_softmax(logits, targets, group, vocab_size):
+    "Softmax of this rank's own columns, in place. Gives (2, n): log of the own sum, target logit."
     first = group_rank(group) * logits.shape[1]
     # finite: of nothing but minus infinity, a rank's own softmax would be 0 / 0
     hide_padding(logits, first, vocab_size, fill=torch.finfo(logits.dtype).min)
     column, own = own_columns(targets, first, logits.shape[1])
-    largest = logits.amax(-1)
     target = logits.gather(1, column[:, None])[:, 0].where(own, 0)
+    largest = logits.amax(-1)
     torch.softmax(logits, -1, out=logits)       # one pass over a row that is still in the cache
-    share = 1 / logits.amax(-1)                 # sum of exp(logit - largest)
-    highest = all_reduce(largest, group, "max")
-    target = all_reduce(target, group, inplace=True)
-    share = share * (largest - highest).exp()
-    total = all_reduce(share, group)
-    return total.log() + (highest - target), share / total, column, own
+    log_sum = largest - logits.amax(-1).log()   # the largest became 1 / sum of exp(z - largest)
+    return torch.stack([log_sum, target]), column, own
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #98dd362d
 def _chunk_loss(x, weight, targets, weights, group, vocab_size, scratch, gradients):
     "Weighted loss of a few rows. Fills their part of x's gradient, adds to the weight's, if given."
-    logits, narrow, piece = scratch
+    logits, narrow, product = scratch
     torch.mm(x, weight.t(), out=narrow)
     if narrow is not logits:
         logits.copy_(narrow)
-    losses, scale, column, own = _softmax_rows(logits, targets, group, vocab_size)
-    if gradients is not None:
-        grad_x, grad_weight = gradients
-        logits.mul_((weights * scale)[:, None])     # from here on: the logits' gradient
-        logits.scatter_add_(1, column[:, None], -(weights * own)[:, None])
+    mine, column, own = _own_softmax(logits, targets, group, vocab_size)
+    pending = all_gather_start(mine, group)
+    if gradients is not None:       # the first of two products, while the numbers are on their way
         if narrow is not logits:
             narrow.copy_(logits)
-        torch.mm(narrow, weight, out=grad_x)
-        if piece is None:
-            grad_weight.addmm_(narrow.t(), x)
+        rows = torch.mm(narrow, weight)
+    log_sums, target = pending.wait().unbind(1)                 # (t, n) each
+    log_sum = log_sums.logsumexp(0)
+    if gradients is not None:
+        grad_x, grad_weight = gradients
+        scale = (weights * (mine[0] - log_sum).exp())[:, None]  # own softmax to the whole one
+        hit = (weights * own)[:, None]
+        grad_x.copy_(rows * scale - weight[column] * hit)
+        scaled = (x * scale).to(x.dtype)
+        if product is None:
+            grad_weight.addmm_(narrow.t(), scaled)
         else:
-            grad_weight += torch.mm(narrow.t(), x, out=piece)
-    return (losses * weights).sum()
+            grad_weight += torch.mm(narrow.t(), scaled, out=product)
+        grad_weight.index_add_(0, column, x * -hit)
+    return ((log_sum - target.sum(0)) * weights).sum()
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #7d00430e
 def _scratch(x, weight, wide):
@@ -66,7 +69,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, weights, group, vocab_size, need_gradients):
         wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        logits, narrow, piece = _scratch(x, weight, wide)
+        weight = weight.to(x.dtype)     # here, not before: the gradient stays in fp32
+        logits, narrow, product = _scratch(x, weight, wide)
         grad_x = torch.empty_like(x) if need_gradients else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if need_gradients else None
         loss = x.new_zeros((), dtype=wide)
@@ -75,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             z = logits[: len(x[rows])]
             loss += _chunk_loss(
                 x[rows], weight, targets[rows], weights[rows].to(wide), group, vocab_size,
-                (z, z if narrow is logits else narrow[: len(z)], piece),
+                (z, z if narrow is logits else narrow[: len(z)], product),
                 (grad_x[rows], grad_weight) if need_gradients else None,
             )
         ctx.group = group
@@ -86,8 +90,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_x, grad_weight = ctx.saved_tensors
         scaled = (grad_x.to(grad.dtype) * grad).to(grad_x.dtype)    # a loss scale may not fit fp16
-        grad_x = all_reduce(scaled, ctx.group, inplace=True)
-        return grad_x, grad_weight * grad, None, None, None, None, None
+        pending = all_reduce_start(scaled, ctx.group)
+        grad_weight = grad_weight * grad
+        return pending.wait(), grad_weight, None, None, None, None, None
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #22f676e9
 @torch.compiler.disable
@@ -117,7 +122,7 @@ def linear_cross_entropy(
     check_targets(targets, x.shape[:-1], columns, vocab_size, remedy)
     device = x.device.type
     if torch.is_autocast_enabled(device):
-        x, weight = (t.to(torch.get_autocast_dtype(device)) for t in (x, weight))
+        x = x.to(torch.get_autocast_dtype(device))
     need_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     x = x.reshape(-1, x.shape[-1])
     return _LinearCrossEntropy.apply(
