@@ -53,7 +53,7 @@ def _home() -> tuple[str, str] | None:
     except OSError:     # not Linux
         return None
 
-# %% ../nbs/1_ranks/02_shared_memory.ipynb #27116919
+# %% ../nbs/1_ranks/02_shared_memory.ipynb #3abbe327
 def _offer(size: int) -> tuple | None:
     "Make memory without a name; where others find it. Its pages are reserved, or there is none."
     home = _home()
@@ -81,7 +81,7 @@ def _accept(offer: tuple | None, size: int) -> mmap.mmap | None:
     finally:
         os.close(handle)
 
-
+# %% ../nbs/1_ranks/02_shared_memory.ipynb #eb227b98
 def _meet(group: dist.ProcessGroup, size: int) -> mmap.mmap | None:
     "The same memory in every rank of the group, or None in every rank."
     offer = [size, _offer(size) if group.rank() == 0 else None]
@@ -98,11 +98,35 @@ def _meet(group: dist.ProcessGroup, size: int) -> mmap.mmap | None:
         os.close(offer[1][2])
     return memory if all_there else None
 
-# %% ../nbs/1_ranks/02_shared_memory.ipynb #3abbe327
+# %% ../nbs/1_ranks/02_shared_memory.ipynb #fad12a59
 _NOTES = 16     # numbers of 8 bytes that a rank writes for the others: two cache lines
 _STARTED, _READ, _WHAT = 0, 2, 4    # places among them, for each of two turns
 
 
+class _Notes:
+    "Numbers that each rank writes and all ranks see. Exchanges use two sets of them in turn."
+
+    def __init__(self, memory: memoryview, rank: int, size: int, limit: float):
+        self.numbers = memory[: 8 * _NOTES * size].cast("q")
+        self.rank, self.size, self.limit = rank, size, limit
+
+    def write(self, place: int, number: int, value: int) -> None:
+        "Write this rank's note about exchange `number`."
+        self.numbers[self.rank * _NOTES + place + number % 2] = value
+
+    def read(self, place: int, number: int) -> list[int]:
+        "What the ranks have written there, in order of rank."
+        return self.numbers[place + number % 2 :: _NOTES].tolist()
+
+    def await_all(self, place: int, number: int) -> None:
+        "Wait until the notes of all ranks have reached `number`."
+        if not wait_until(lambda: min(self.read(place, number)) >= number, self.limit):
+            late = [r for r, value in enumerate(self.read(place, number)) if value < number]
+            raise RuntimeError(
+                f"Timed out waiting {self.limit:g} s for ranks {late} of this group's {self.size}"
+            )
+
+# %% ../nbs/1_ranks/02_shared_memory.ipynb #f3f2f101
 @dataclass
 class Exchange:
     "An exchange under way. `wait()` gives its result."
@@ -115,17 +139,35 @@ class Exchange:
     finish: Callable[[list[torch.Tensor]], torch.Tensor] | None     # None: it has been called
     result: torch.Tensor | None = None
 
+    def slots(self) -> list[torch.Tensor]:
+        "The part of each rank's slot that is used, seen as a tensor."
+        slots = self.shared.slots[self.number % 2, :, : self.shape.numel() * self.dtype.itemsize]
+        return [slot.view(self.dtype).view(self.shape) for slot in slots.unbind()]
+
     @torch.no_grad()
     def wait(self) -> torch.Tensor:
         "Block until every rank has written. `RuntimeError` at the group's time limit."
         if self.finish is not None:
-            self.result = self.finish(self.shared.read(self))
-            self.shared.note(_READ, self.number, self.number)
+            notes = self.shared.notes
+            notes.await_all(_STARTED, self.number)
+            _check(self.what, notes.read(_WHAT, self.number), notes.rank)
+            self.result = self.finish(self.slots())
+            notes.write(_READ, self.number, self.number)
             self.shared.under_way[self.number % 2] = None
             self.finish = None
         return self.result
 
-# %% ../nbs/1_ranks/02_shared_memory.ipynb #b4956a61
+
+def _check(what: str, codes: list[int], rank: int) -> None:
+    "Raise `RuntimeError` if the ranks are not all in the same call."
+    others = [other for other, code in enumerate(codes) if code != codes[rank]]
+    if others:
+        raise RuntimeError(
+            f"rank {rank} of this group is in {what}, ranks {others} in "
+            f"something else; all must make the same calls, with equal shapes and types"
+        )
+
+# %% ../nbs/1_ranks/02_shared_memory.ipynb #f9e5e80e
 class SharedMemory:
     """Memory of one machine through which the ranks of a group exchange tensors.
 
@@ -134,32 +176,13 @@ class SharedMemory:
     """
 
     def __init__(self, group: dist.ProcessGroup, memory: mmap.mmap, capacity: int):
-        self.rank, self.size, self.capacity = group.rank(), group.size(), capacity
-        self.limit = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-        head = 8 * _NOTES * self.size
-        self.notes = memoryview(memory)[:head].cast("q")
-        self.slots = torch.frombuffer(memory, dtype=torch.uint8)[head:].view(2, self.size, capacity)
-        self.number = 0
+        rank, size = group.rank(), group.size()
+        limit = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        self.notes = _Notes(memoryview(memory), rank, size, limit)
+        bytes = torch.frombuffer(memory, dtype=torch.uint8)[8 * _NOTES * size :]
+        self.slots = bytes.view(2, size, capacity)
+        self.capacity, self.number = capacity, 0
         self.under_way: list[Exchange | None] = [None, None]
-
-    def note(self, place: int, number: int, value: int) -> None:
-        "Write a number where the other ranks look for it."
-        self.notes[self.rank * _NOTES + place + number % 2] = value
-
-    def await_all(self, place: int, number: int) -> None:
-        "Wait until the notes of all ranks have reached `number`."
-        places = range(place + number % 2, len(self.notes), _NOTES)
-        if not wait_until(lambda: all(self.notes[i] >= number for i in places), self.limit):
-            late = [rank for rank, i in enumerate(places) if self.notes[i] < number]
-            raise RuntimeError(
-                f"Timed out waiting {self.limit:g} s for ranks {late} of this group's {self.size}"
-            )
-
-    def slots_for(self, exchange: Exchange) -> list[torch.Tensor]:
-        "The part of each rank's slot that an exchange uses."
-        size = exchange.shape.numel() * exchange.dtype.itemsize
-        slots = self.slots[exchange.number % 2, :, :size]
-        return [slot.view(exchange.dtype).view(exchange.shape) for slot in slots.unbind()]
 
     @torch.no_grad()
     def start(
@@ -173,34 +196,16 @@ class SharedMemory:
         turn = self.number % 2
         if self.under_way[turn] is not None:
             self.under_way[turn].wait()
-        self.await_all(_READ, self.number - 2)
+        self.notes.await_all(_READ, self.number - 2)
         what = f"{what} of {tuple(x.shape)} {x.dtype}"
         mine = Exchange(self, self.number, what, x.shape, x.dtype, finish)
-        self.slots_for(mine)[self.rank].copy_(x)
-        self.note(_WHAT, self.number, zlib.crc32(what.encode()))
-        self.note(_STARTED, self.number, self.number)
+        mine.slots()[self.notes.rank].copy_(x)
+        self.notes.write(_WHAT, self.number, zlib.crc32(what.encode()))
+        self.notes.write(_STARTED, self.number, self.number)
         self.under_way[turn] = mine
         return mine
 
-    def read(self, exchange: Exchange) -> list[torch.Tensor]:
-        "All ranks' tensors, once they are there. To be copied before the exchange is over."
-        self.await_all(_STARTED, exchange.number)
-        found = self.notes[_WHAT + exchange.number % 2 :: _NOTES].tolist()
-        others = [rank for rank, code in enumerate(found) if code != found[self.rank]]
-        if others:
-            raise RuntimeError(
-                f"rank {self.rank} of this group is in {exchange.what}, ranks {others} in "
-                f"something else; all must make the same calls, with equal shapes and types"
-            )
-        return self.slots_for(exchange)
-
-    def close(self) -> None:
-        "End what is under way."
-        for exchange in self.under_way:
-            if exchange is not None:
-                exchange.wait()
-
-# %% ../nbs/1_ranks/02_shared_memory.ipynb #eb227b98
+# %% ../nbs/1_ranks/02_shared_memory.ipynb #e923e18c
 _of_groups: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # made once a group
 
 
@@ -218,8 +223,9 @@ def shared_memory(
     shared = _of_groups.get(group)
     if known and (shared is None or x.nbytes <= shared.capacity):
         return shared
-    if shared is not None:
-        shared.close()
+    for exchange in shared.under_way if shared is not None else []:
+        if exchange is not None:
+            exchange.wait()
     capacity = 1 << max(20, (x.nbytes - 1).bit_length())
     memory = _meet(group, group.size() * (8 * _NOTES + 2 * capacity))
     _of_groups[group] = None if memory is None else SharedMemory(group, memory, capacity)
