@@ -107,8 +107,8 @@ def linear_cross_entropy(
 ) -> torch.Tensor:                              # scalar: sum of weight x loss, in nats
     """The output layer (f and a matrix product) and its cross-entropy, without holding all logits.
 
-    Forward: for every 512 tokens the local logits, three all-reduces of one number a token, and
-    both gradients if they are needed. Backward: one all-reduce of the input's gradient. Raises
+    Forward: for every 512 tokens the local logits, one all-gather of two numbers a token, and both
+    gradients if they are needed. Backward: one all-reduce of the input's gradient. Raises
     `ValueError` for targets outside the vocabulary and for shapes that do not fit.
     """
     if weights.shape != targets.shape:
