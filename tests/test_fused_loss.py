@@ -233,7 +233,7 @@ def test_inputs_in_any_layout(ranks, device, tp, layout):
 @widths
 @pytest.mark.parametrize("chunk", [4, 33, 512])
 def test_what_is_communicated(ranks, device, tp, chunk):
-    "A chunk gathers two numbers a row from each rank; backward one array of the size of x is summed."
+    "A chunk gathers two numbers a row from each rank; backward, x's gradient is summed."
     starts = range(0, 33, chunk) if tp > 1 else []
     for *_, records in ranks(tp)(step, tp, device, *batch(3, 11), chunk=chunk):
         forward = [(r.op, r.elements) for r in records if r.phase == "forward"]
