@@ -124,7 +124,7 @@ class Pending:
             self.work.wait()
         return self.tensor
 
-
+# %% ../nbs/1_ranks/03_comm.ipynb #2494dc15
 def _adder(x, op):
     "Sums into `x`, in the order of ranks, so that all ranks round alike."
     combine = {"sum": torch.add, "max": torch.maximum}[op]
@@ -154,7 +154,7 @@ def all_reduce_start(
         return shared.start(x, op, _adder(x, op))
     return Pending(x, dist.all_reduce(x, _REDUCTIONS[op], group=group, async_op=True))
 
-# %% ../nbs/1_ranks/03_comm.ipynb #2494dc15
+# %% ../nbs/1_ranks/03_comm.ipynb #7eb352e7
 @torch.no_grad()
 def all_reduce(
     x: torch.Tensor,
@@ -168,7 +168,7 @@ def all_reduce(
     own = x if inplace else x.clone(memory_format=torch.contiguous_format)
     return all_reduce_start(own, group, op).wait()
 
-
+# %% ../nbs/1_ranks/03_comm.ipynb #b820d15d
 # Older PyTorch has these two under their former names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

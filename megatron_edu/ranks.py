@@ -7,6 +7,7 @@ __all__ = ['PEER_LOST', 'RankError', 'join_world', 'Ranks']
 
 # %% ../nbs/1_ranks/01_ranks.ipynb #2b706831
 import contextlib
+import ctypes
 import importlib
 import io
 import linecache
@@ -90,7 +91,8 @@ def _run(payload: bytes) -> _Answer:
 # %% ../nbs/1_ranks/01_ranks.ipynb #d5dcc875
 def _leave(rendezvous: str) -> None:
     "End this rank at once. A tidy end would wait for peers in a half-finished collective."
-    Path(rendezvous).unlink(missing_ok=True)
+    # PyDLL keeps the lock of the interpreter: no thread that is still joining makes the file again.
+    ctypes.PyDLL(None).unlink(os.fsencode(rendezvous))
     os._exit(0)
 
 
