@@ -15,7 +15,7 @@ from .cross_entropy import check_targets, hide_padding, own_columns
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #c60b7b2d
 CHUNK = 512     # rows of logits that exist at one time
 
-# %% ../../nbs/3_layers/06_fused_loss.ipynb #1735190e
+
 def _own_softmax(logits, targets, group, vocab_size):
     "Softmax of this rank's own columns, in place. Gives (2, n): log of the own sum, target logit."
     first = group_rank(group) * logits.shape[1]
@@ -71,7 +71,7 @@ def _scratch(x, weight, wide):
         return logits, logits, None
     return logits, torch.empty_like(logits, dtype=x.dtype), torch.empty_like(weight)
 
-# %% ../../nbs/3_layers/06_fused_loss.ipynb #22f676e9
+
 def _all_chunks(x, weight, bias, targets, weights, place, need_gradients):
     "Weighted loss, and the gradients of x, weight and bias if they are needed."
     wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
