@@ -216,6 +216,66 @@ def test_one_of_the_inputs_is_frozen(ranks, device, tp, frozen):
         close(grad_x[0], want_x)
 
 
+def step_with_bias(tp, device, data, bias, *, autocast=False, trained=True):
+    "Loss and the gradients of input, weight and bias, and what was communicated."
+    x, weight, targets, weights = (t.to(device) for t in data)
+    x = x.clone().requires_grad_()
+    rows, own = (t.to(device).chunk(tp)[rank_of(tp)].clone() for t in (weight, bias))
+    rows.requires_grad_()
+    own.requires_grad_(trained)
+    options = {"group": group_of(tp), "vocab_size": VOCAB, "bias": own}
+    with Chunks(4), Ledger() as ledger, torch.autocast(device, torch.bfloat16, enabled=autocast):
+        loss = linear_cross_entropy(x, rows, targets, weights, **options)
+    (0.3 * loss).backward()
+    gradients = [None if t.grad is None else t.grad.cpu() for t in (x, rows, own)]
+    return loss.detach().cpu(), *gradients, len(ledger.records)
+
+
+def reference_with_bias(data, bias):
+    "On one device: `F.linear` with a bias."
+    x, weight, bias = (t.double().clone().requires_grad_() for t in (*data[:2], bias))
+    logits = F.linear(x, weight, bias)[..., :VOCAB].reshape(-1, VOCAB)
+    losses = F.cross_entropy(logits, data[2].flatten(), reduction="none")
+    loss = (losses * data[3].flatten()).sum()
+    (0.3 * loss).backward()
+    return loss.detach(), x.grad, weight.grad, bias.grad
+
+
+@widths
+def test_bias(ranks, device, tp):
+    data, bias = batch(3, 11), normal(PADDED, seed=6)
+    results = ranks(tp)(step_with_bias, tp, device, data, bias)
+    want = reference_with_bias(data, bias)
+    for loss, grad_x, _, _, messages in results:
+        close(loss, want[0])
+        close(grad_x, want[1])
+        assert messages == (9 if tp > 1 else 0), "a bias has no message of its own"
+    close(torch.cat([rows for _, _, rows, _, _ in results]), want[2])
+    close(torch.cat([own for _, _, _, own, _ in results]), want[3])
+    assert want[3][:VOCAB].abs().min() > 1e-4 and not want[3][VOCAB:].any()
+
+
+@widths
+def test_bias_under_autocast(ranks, device, tp):
+    data = tuple(t.float() if t.is_floating_point() else t for t in batch(3, 11))
+    bias = normal(PADDED, seed=6).float()
+    results = ranks(tp)(step_with_bias, tp, device, data, bias, autocast=True)
+    want = reference_with_bias(data, bias)
+    own = torch.cat([result[3] for result in results])
+    assert own.dtype == torch.float32
+    assert (own - want[3]).norm() <= 1e-2 * want[3].norm()
+    assert abs(results[0][0] - want[0]) <= 1e-2 * want[0]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_frozen_bias_counts_and_has_no_gradient(ranks, device, tp):
+    data, bias = batch(3, 11), normal(PADDED, seed=6)
+    want = reference_with_bias(data, bias)
+    for loss, _, _, own, _ in ranks(tp)(step_with_bias, tp, device, data, bias, trained=False):
+        close(loss, want[0])
+        assert own is None
+
+
 LAYOUTS = {
     "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
     "last dim first": lambda t: t.movedim(-1, 0).contiguous().movedim(0, -1),
@@ -346,6 +406,15 @@ def test_memory_is_one_chunk_of_logits():
 
     assert peak(unfused) > 1.9 * n * v * 4
     assert 512 * v * 4 < peak(fused) < 1.2 * 512 * v * 4
+
+
+def test_the_weights_gradient_is_made_once():
+    "The backward pass scales what the forward pass made: no second array of v x h at any time."
+    n, v, h = 8, 4000, 100
+    x, weight = torch.randn(n, h), torch.randn(v, h, requires_grad=True)
+    data = x, weight, torch.zeros(n, dtype=torch.int64), torch.ones(n)
+    assert peak(lambda: linear_cross_entropy(*data, vocab_size=v).backward()) < 1.2 * v * h * 4
+    assert weight.grad.shape == (v, h)
 
 
 def refused(tp, x, weight, targets, weights, vocab_size=VOCAB):

@@ -15,7 +15,7 @@ from .cross_entropy import check_targets, hide_padding, own_columns
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #c60b7b2d
 CHUNK = 512     # rows of logits that exist at one time
 
-# %% ../../nbs/3_layers/06_fused_loss.ipynb #1735190e
+
 def _own_softmax(logits, targets, group, vocab_size):
     "Softmax of this rank's own columns, in place. Gives (2, n): log of the own sum, target logit."
     first = group_rank(group) * logits.shape[1]
@@ -29,10 +29,13 @@ def _own_softmax(logits, targets, group, vocab_size):
     return torch.stack([log_sum, target]), column, own
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #98dd362d
-def _chunk_loss(x, weight, targets, weights, group, vocab_size, scratch, gradients):
-    "Weighted loss of a few rows. Fills their part of x's gradient, adds to the weight's, if given."
-    logits, narrow, product = scratch
-    torch.mm(x, weight.t(), out=narrow)
+def _chunk_loss(x, layer, targets, weights, place, scratch, gradients, first):
+    "Weighted loss of a few rows. Fills their part of x's gradient, adds to the layer's, if given."
+    (weight, bias), (group, vocab_size), (logits, narrow, product) = layer, place, scratch
+    if bias is None:
+        torch.mm(x, weight.t(), out=narrow)
+    else:
+        torch.addmm(bias, x, weight.t(), out=narrow)
     if narrow is not logits:
         logits.copy_(narrow)
     mine, column, own = _own_softmax(logits, targets, group, vocab_size)
@@ -44,16 +47,20 @@ def _chunk_loss(x, weight, targets, weights, group, vocab_size, scratch, gradien
     log_sums, target = pending.wait().unbind(1)                 # (t, n) each
     log_sum = log_sums.logsumexp(0)
     if gradients is not None:
-        grad_x, grad_weight = gradients
+        grad_x, grad_weight, grad_bias = gradients
         scale = (weights * (mine[0] - log_sum).exp())[:, None]  # own softmax to the whole one
         hit = (weights * own)[:, None]
         grad_x.copy_(rows * scale - weight[column] * hit)
         scaled = (x * scale).to(x.dtype)
         if product is None:
-            grad_weight.addmm_(narrow.t(), scaled)
+            grad_weight.addmm_(narrow.t(), scaled, beta=0 if first else 1)
         else:
-            grad_weight += torch.mm(narrow.t(), scaled, out=product)
+            torch.mm(narrow.t(), scaled, out=product)
+            grad_weight.copy_(product) if first else grad_weight.add_(product)
         grad_weight.index_add_(0, column, x * -hit)
+        if bias is not None:
+            grad_bias.addmv_(logits.t(), scale[:, 0])
+            grad_bias.index_add_(0, column, -hit[:, 0])
     return ((log_sum - target.sum(0)) * weights).sum()
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #7d00430e
@@ -65,36 +72,51 @@ def _scratch(x, weight, wide):
     return logits, torch.empty_like(logits, dtype=x.dtype), torch.empty_like(weight)
 
 
+def _all_chunks(x, weight, bias, targets, weights, place, need_gradients):
+    "Weighted loss, and the gradients of x, weight and bias if they are needed."
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    weight = weight.to(x.dtype)     # here, not before: the gradient stays in fp32
+    bias = None if bias is None else bias.to(x.dtype)
+    logits, narrow, product = _scratch(x, weight, wide)
+    gradients = None
+    if need_gradients:
+        new = torch.empty_like if len(x) else torch.zeros_like      # the first chunk overwrites
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=wide)
+        gradients = torch.empty_like(x), new(weight, dtype=wide), grad_bias
+    loss = x.new_zeros((), dtype=wide)
+    for start in range(0, len(x), CHUNK):
+        rows = slice(start, start + CHUNK)
+        z = logits[: len(x[rows])]
+        loss += _chunk_loss(
+            x[rows], (weight, bias), targets[rows], weights[rows].to(wide), place,
+            (z, z if narrow is logits else narrow[: len(z)], product),
+            (gradients[0][rows], *gradients[1:]) if need_gradients else None,
+            first=start == 0,
+        )
+    return loss, gradients
+
+# %% ../../nbs/3_layers/06_fused_loss.ipynb #912b0992
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, weights, group, vocab_size, need_gradients):
-        wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-        weight = weight.to(x.dtype)     # here, not before: the gradient stays in fp32
-        logits, narrow, product = _scratch(x, weight, wide)
-        grad_x = torch.empty_like(x) if need_gradients else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if need_gradients else None
-        loss = x.new_zeros((), dtype=wide)
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
-            z = logits[: len(x[rows])]
-            loss += _chunk_loss(
-                x[rows], weight, targets[rows], weights[rows].to(wide), group, vocab_size,
-                (z, z if narrow is logits else narrow[: len(z)], product),
-                (grad_x[rows], grad_weight) if need_gradients else None,
-            )
-        ctx.group = group
-        ctx.save_for_backward(grad_x, grad_weight)
+    def forward(ctx, x, weight, bias, targets, weights, place, need_gradients):
+        loss, ctx.gradients = _all_chunks(x, weight, bias, targets, weights, place, need_gradients)
+        ctx.place = place
+        ctx.save_for_backward(x, weight, bias, targets, weights)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        grad_x, grad_weight = ctx.saved_tensors
+        # The arrays are scaled in place and given away; a second backward pass makes them again.
+        gradients = ctx.gradients or _all_chunks(*ctx.saved_tensors, ctx.place, True)[1]
+        ctx.gradients = None
+        grad_x, grad_weight, grad_bias = gradients
         scaled = (grad_x.to(grad.dtype) * grad).to(grad_x.dtype)    # a loss scale may not fit fp16
-        pending = all_reduce_start(scaled, ctx.group)
-        grad_weight = grad_weight * grad
-        return pending.wait(), grad_weight, None, None, None, None, None
+        pending = all_reduce_start(scaled, ctx.place[0])
+        grad_weight.mul_(grad)
+        grad_bias = None if grad_bias is None else grad_bias.mul_(grad)
+        return pending.wait(), grad_weight, grad_bias, None, None, None, None
 
-# %% ../../nbs/3_layers/06_fused_loss.ipynb #22f676e9
+# %% ../../nbs/3_layers/06_fused_loss.ipynb #1d4e592c
 @torch.compiler.disable
 def linear_cross_entropy(
     x: torch.Tensor,                            # (..., h) input of the output layer, whole
@@ -104,6 +126,7 @@ def linear_cross_entropy(
     *,
     group: dist.ProcessGroup | None = None,     # the tensor-parallel group
     vocab_size: int,                            # rows from this id on are padding
+    bias: torch.Tensor | None = None,           # (v/t,): this rank's part of the layer's bias
 ) -> torch.Tensor:                              # scalar: sum of weight x loss, in nats
     """The output layer (f and a matrix product) and its cross-entropy, without holding all logits.
 
@@ -123,8 +146,9 @@ def linear_cross_entropy(
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
-    need_gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    trained = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    place, need_gradients = (group, vocab_size), trained and torch.is_grad_enabled()
     x = x.reshape(-1, x.shape[-1])
     return _LinearCrossEntropy.apply(
-        x, weight, targets.flatten(), weights.flatten(), group, vocab_size, need_gradients
+        x, weight, bias, targets.flatten(), weights.flatten(), place, need_gradients
     )
