@@ -46,8 +46,6 @@ def _check(config: "ModelConfig") -> None:
 class ModelConfig:
     "Shape of a model, for any number of ranks. `ValueError` for sizes that no model can have."
 
-    causal: ClassVar[bool]              # whether a position sees only itself and those before it
-
     num_layers: int                     # N: transformer blocks
     hidden_size: int                    # h: numbers in the hidden state of a token
     num_heads: int                      # n; the head size is h / n
@@ -60,6 +58,7 @@ class ModelConfig:
     init_std: float = 0.02              # of the initial weights (paper, 4.2)
     vocab_multiple: int = 1024          # the embedding is padded to it: 128 x 8 (paper, 5.1)
     recompute: bool = False             # recompute a block's activations in the backward pass
+    causal: ClassVar[bool]              # whether a position sees nothing that comes after it
 
     def __post_init__(self):
         _check(self)
