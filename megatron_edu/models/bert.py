@@ -15,9 +15,9 @@ from ..comm import group_size
 from ..config import BertConfig
 from .block import Block
 from .gpt2 import Trunk
-from ..reference.bert import check_order, check_rows, initial_weights, mean_of, visible
+from ..reference.bert import check_rows, initial_weights, mean_of, order_loss, visible
 from ..reference.gpt2 import gelu, token_weights
-from ..tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from ..tensor_parallel.fused_loss import linear_cross_entropy
 from ..tensor_parallel.shard import Shard, shard_state_dict
 
 # %% ../../nbs/4_models/05_bert.ipynb #a9698a02
@@ -58,6 +58,19 @@ class TokenHead(nn.Module):
         return self.ln(gelu(self.dense(x), self.config.gelu))
 
 # %% ../../nbs/4_models/05_bert.ipynb #29256ca1
+def _check_labels(
+    input_ids: torch.Tensor,    # (b, s)
+    labels: torch.Tensor,       # (b, s)
+    weights: torch.Tensor,      # (b, s)
+) -> None:
+    "Raise `ValueError` unless each token has a label and a weight."
+    if not input_ids.shape == labels.shape == weights.shape:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, with loss_mask {tuple(weights.shape)}, "
+            f"input_ids {tuple(input_ids.shape)}; give one label and one weight for each token"
+        )
+
+# %% ../../nbs/4_models/05_bert.ipynb #e8308762
 class Bert(Trunk):
     """BERT split over a tensor-parallel group; names and full weights are the reference's.
 
@@ -129,19 +142,16 @@ class Bert(Trunk):
     ) -> dict[str, torch.Tensor]:       # scalars "mlm" and, with an order, "sop"; on every rank
         "Mean cross-entropies, in nats: over the counted tokens, and over the rows."
         weights = token_weights(labels, loss_mask)
+        _check_labels(input_ids, labels, weights)
         x = self.hidden_states(input_ids, token_types, attention_mask)      # (b, s, h)
         counted = weights != 0                                              # (b, s)
-        logits = self.logits(self.mlm(x[counted]), self.mlm.bias)           # (n, v padded/tp)
-        each = vocab_parallel_cross_entropy(
-            logits, labels[counted], group=self.group, vocab_size=self.config.vocab_size
+        total = linear_cross_entropy(
+            self.mlm(x[counted]), self.wte.weight, labels[counted], weights[counted],
+            group=self.group, vocab_size=self.config.vocab_size, bias=self.mlm.bias,
         )
-        total = (each * weights[counted]).sum()
         if num_tokens is None:
             num_tokens = weights.sum(dtype=total.dtype)
         losses = {"mlm": mean_of(total, num_tokens)}
         if sentence_order is not None:
-            check_order(sentence_order, len(input_ids))
-            logits = self.order_logits(x).to(total.dtype)                   # (b, 2)
-            total = F.cross_entropy(logits, sentence_order, reduction="sum")
-            losses["sop"] = mean_of(total, len(input_ids) if num_samples is None else num_samples)
+            losses["sop"] = order_loss(self.order_logits(x), sentence_order, num_samples)
         return losses

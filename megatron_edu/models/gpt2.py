@@ -43,7 +43,7 @@ def _check_length(length: int, limit: int) -> None:
 
 # %% ../../nbs/4_models/04_gpt2.ipynb #516457cc
 class Trunk(nn.Module):
-    """What the sharded models share: the tables of tokens and positions, and the way through blocks.
+    """What the sharded models share: the tables of tokens and positions, the way through blocks.
 
     A model makes its `blocks` and what stands around them, and has `losses`. Raises `ValueError`
     if the padded vocabulary does not divide among the ranks.
