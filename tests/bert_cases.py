@@ -8,7 +8,7 @@ from megatron_edu.config import BertConfig
 from megatron_edu.models.bert import Bert
 from megatron_edu.tensor_parallel.shard import shard_state_dict
 
-KINDS = ["pre", "post"]
+KINDS = ["pre", "post"]     # where the LayerNorms stand
 
 
 def config(**changes) -> BertConfig:
@@ -32,8 +32,9 @@ def batch(
     length: int = 13,
     seed: int = 0,
     device: str = "cpu",
+    without: tuple[str, ...] = (),      # what to leave out
 ) -> dict[str, torch.Tensor]:
-    """What `loss` takes. Every third row is padding alone, the others end in more and more of it.
+    """What `loss` takes. Row 2 (5, 8, ...) is padding alone, later rows end in more of it.
 
     Earlier rows count more tokens, so that replicas differ in the number they count.
     """
@@ -45,13 +46,14 @@ def batch(
     chance = torch.linspace(0.6, 0.2, rows)[:, None]
     counted = (torch.rand(shape, generator=generator) < chance) & real
     counted[0, 0] = True
-    return {
+    data = {
         "input_ids": ids,
         "labels": labels.where(counted, -100),
         "token_types": torch.randint(config.num_token_types, shape, generator=generator),
         "attention_mask": real.long(),
         "sentence_order": torch.randint(2, (rows,), generator=generator),
     }
+    return {name: tensor.to(device) for name, tensor in data.items() if name not in without}
 
 
 def pair(

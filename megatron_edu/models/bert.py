@@ -59,15 +59,16 @@ class TokenHead(nn.Module):
 
 # %% ../../nbs/4_models/05_bert.ipynb #29256ca1
 def _check_labels(
-    input_ids: torch.Tensor,    # (b, s)
-    labels: torch.Tensor,       # (b, s)
-    weights: torch.Tensor,      # (b, s)
+    input_ids: torch.Tensor,                    # (b, s)
+    labels: torch.Tensor,                       # (b, s)
+    loss_mask: torch.Tensor | None,             # (b, s)
 ) -> None:
-    "Raise `ValueError` unless each token has a label and a weight."
-    if not input_ids.shape == labels.shape == weights.shape:
+    "Raise `ValueError` unless each token has a label, and a weight where weights are given."
+    shapes = [tuple(t.shape) for t in (input_ids, labels, loss_mask) if t is not None]
+    if len(set(shapes)) > 1:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, with loss_mask {tuple(weights.shape)}, "
-            f"input_ids {tuple(input_ids.shape)}; give one label and one weight for each token"
+            f"input_ids, labels and loss_mask have the shapes {shapes}; "
+            f"give one label and one weight for each token"
         )
 
 # %% ../../nbs/4_models/05_bert.ipynb #e8308762
@@ -141,8 +142,8 @@ class Bert(Trunk):
         num_samples: torch.Tensor | float | None = None,    # divides sop; None: b
     ) -> dict[str, torch.Tensor]:       # scalars "mlm" and, with an order, "sop"; on every rank
         "Mean cross-entropies, in nats: over the counted tokens, and over the rows."
-        weights = token_weights(labels, loss_mask)
-        _check_labels(input_ids, labels, weights)
+        _check_labels(input_ids, labels, loss_mask)
+        weights = token_weights(labels, loss_mask)                          # (b, s)
         x = self.hidden_states(input_ids, token_types, attention_mask)      # (b, s, h)
         counted = weights != 0                                              # (b, s)
         total = linear_cross_entropy(
