@@ -71,10 +71,10 @@ def padding_looks_at_nothing(real, attention_mask):
     return (attention_mask != 0)[:, None, None]
 
 
-@_mutant("models.bert.Bert.run_blocks",
+@_mutant("models.bert.run_blocks",
          "mask: lost where activations are recomputed", "the second forward pass is the first")
-def mask_lost_in_recomputation(real, model, x, mask):
-    return real(model, x, None if model.config.recompute else mask)
+def mask_lost_in_recomputation(real, blocks, x, mask, *, recompute):
+    return real(blocks, x, None if recompute else mask, recompute=recompute)
 
 # %% ../nbs/4_models/07_bert_mutants.ipynb #783b6411
 @_mutant("models.bert.Bert.hidden_states",

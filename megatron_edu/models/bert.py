@@ -14,7 +14,7 @@ from torch import nn
 from ..comm import group_size
 from ..config import BertConfig
 from .block import Block
-from .gpt2 import Trunk
+from .gpt2 import Trunk, run_blocks
 from ..reference.bert import check_rows, initial_weights, mean_of, order_loss, visible
 from ..reference.gpt2 import gelu, token_weights
 from ..tensor_parallel.fused_loss import linear_cross_entropy
@@ -72,19 +72,13 @@ def _check_labels(
         )
 
 # %% ../../nbs/4_models/05_bert.ipynb #e8308762
-class Bert(Trunk):
-    """BERT split over a tensor-parallel group; names and full weights are the reference's.
-
-    The initial weights depend on `config` and `seed` alone, never on the number of ranks. Raises
-    `ValueError` if heads, feed-forward size or padded vocabulary do not divide among the ranks.
-    """
+class _Layers(Trunk):
+    "Tables, blocks, and a LayerNorm before (post-LN) or after them (pre-LN)."
 
     def __init__(
         self,
         config: BertConfig,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group; None: one device
-        *,
-        seed: int = 1,                              # of the initial weights
     ):
         super().__init__(config, group)
         h, post = config.hidden_size, config.layer_norm == "post"
@@ -93,10 +87,6 @@ class Bert(Trunk):
         self.ln_emb = nn.LayerNorm(h, eps=config.layer_norm_eps) if post else nn.Identity()
         self.blocks = nn.ModuleList(block(config, group) for _ in range(config.num_layers))
         self.ln_f = nn.Identity() if post else nn.LayerNorm(h, eps=config.layer_norm_eps)
-        self.pooler = nn.Linear(h, h)
-        self.sop = nn.Linear(h, 2)
-        self.mlm = TokenHead(config, group)
-        self.load_state_dict(shard_state_dict(dict(initial_weights(config, seed)), self))
 
     def hidden_states(
         self,
@@ -110,7 +100,25 @@ class Bert(Trunk):
             token_types = torch.zeros_like(input_ids)
         x = self.ln_emb(self.embed(input_ids) + self.token_types(token_types))  # (b, s, h)
         x = F.dropout(x, self.config.dropout, self.training)
-        return self.ln_f(self.run_blocks(x, visible(attention_mask)))
+        mask = visible(attention_mask)                                          # (b, 1, 1, s)
+        return self.ln_f(run_blocks(self.blocks, x, mask, recompute=self.config.recompute))
+
+# %% ../../nbs/4_models/05_bert.ipynb #4508a010
+class _Heads(_Layers):
+    "The layers, and what is read from them."
+
+    def __init__(
+        self,
+        config: BertConfig,
+        group: dist.ProcessGroup | None = None,     # the tensor-parallel group; None: one device
+        *,
+        seed: int = 1,                              # of the initial weights
+    ):
+        super().__init__(config, group)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        self.sop = nn.Linear(config.hidden_size, 2)
+        self.mlm = TokenHead(config, group)
+        self.load_state_dict(shard_state_dict(dict(initial_weights(config, seed)), self))
 
     def order_logits(
         self,
@@ -128,6 +136,14 @@ class Bert(Trunk):
         "This rank's columns of the logits of each token, and the logits of the segments' order."
         x = self.hidden_states(input_ids, token_types, attention_mask)
         return self.logits(self.mlm(x), self.mlm.bias), self.order_logits(x)
+
+# %% ../../nbs/4_models/05_bert.ipynb #55397069
+class Bert(_Heads):
+    """BERT split over a tensor-parallel group; names and full weights are the reference's.
+
+    The initial weights depend on `config` and `seed` alone, never on the number of ranks. Raises
+    `ValueError` if heads, feed-forward size or padded vocabulary do not divide among the ranks.
+    """
 
     def losses(
         self,
