@@ -5,39 +5,62 @@ import torch
 import torch.distributed as dist
 from gpt2_cases import groups
 
-from megatron_edu.mutants import ALL_CHECKS, MUTANTS, Mutant, examine
+from megatron_edu.mutants import ALL_CHECKS, GPT2_SUBJECT, MUTANTS, Mutant, examine
+from megatron_edu.mutants_bert import BERT_MUTANTS, bert_subject
 from megatron_edu.tensor_parallel import linear
 from megatron_edu.training.data_parallel import DataParallel
 
 WIDTHS = {1: [2, 4], 2: [2]}    # tensor-parallel sizes for the number of replicas
-CASES = [(name, tp, mutant.dp) for name, mutant in MUTANTS.items() for tp in WIDTHS[mutant.dp]]
+GRIDS = [(tp, dp) for dp in WIDTHS for tp in WIDTHS[dp]]
+EVERY = MUTANTS | BERT_MUTANTS
+SUBJECTS = {
+    "gpt2": GPT2_SUBJECT,
+    "bert": bert_subject(),
+    "post-LN bert": bert_subject(layer_norm="post"),
+}
 
 
-def verdict(name, tp, dp, device):
+def cases(mutants, subject):
+    "Each mutant on all sizes that it may be seen on."
+    sizes = [(name, mutant.dp) for name, mutant in mutants.items()]
+    return [(subject, name, tp, dp) for name, dp in sizes for tp in WIDTHS[dp]]
+
+
+# What GPT-2's chapter makes wrong in code that BERT uses, too; on two ranks each.
+INHERITED = [
+    ("bert", name, 2, mutant.dp)
+    for name, mutant in MUTANTS.items()
+    if not mutant.target.startswith("models.gpt2")
+]
+CASES = cases(MUTANTS, "gpt2") + cases(BERT_MUTANTS, "bert") + INHERITED
+
+
+def verdict(subject, name, tp, dp, device):
     "Of the code with one mistake in it; of the right code for None."
     mine = groups(tp, dp, device)
     if name is None:
-        return examine(mine, DataParallel, device)
-    with MUTANTS[name].made():
-        return examine(mine, DataParallel, device)
+        return examine(mine, DataParallel, device, SUBJECTS[subject])
+    with EVERY[name].made():
+        return examine(mine, DataParallel, device, SUBJECTS[subject])
 
 
-def verdict_of_all(ranks, name, tp, dp, device):
+def verdict_of_all(ranks, subject, name, tp, dp, device):
     "The ranks must agree on it."
-    verdicts = ranks(tp * dp)(verdict, name, tp, dp, device)
+    verdicts = ranks(tp * dp)(verdict, subject, name, tp, dp, device)
     assert all(each == verdicts[0] for each in verdicts)
     return verdicts[0]
 
 
-@pytest.mark.parametrize("tp, dp", [(tp, dp) for dp in WIDTHS for tp in WIDTHS[dp]])
-def test_the_right_code_is_green(ranks, device, tp, dp):
-    assert verdict_of_all(ranks, None, tp, dp, device).red == []
+@pytest.mark.parametrize("tp, dp", GRIDS)
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_right_code_is_green(ranks, device, subject, tp, dp):
+    assert verdict_of_all(ranks, subject, None, tp, dp, device).red == []
 
 
-@pytest.mark.parametrize("name, tp, dp", CASES)
-def test_no_mutant_survives(ranks, device, name, tp, dp):
-    found = verdict_of_all(ranks, name, tp, dp, device)
-    assert found.red, f"{MUTANTS[name].mistake}: no check sees it"
+@pytest.mark.parametrize("subject, name, tp, dp", CASES)
+def test_no_mutant_survives(ranks, device, subject, name, tp, dp):
+    found = verdict_of_all(ranks, subject, name, tp, dp, device)
+    assert found.red, f"{EVERY[name].mistake}: no check sees it"
     assert set(found.red) <= set(ALL_CHECKS)
 
 
@@ -56,31 +79,41 @@ SILENT = {
     "stream_not_put_back": ["masks"],
     "private_generator": ["recompute"],
 }
+SILENT_IN_BERT = {
+    "mask_lost_in_recomputation": ["recompute"],
+    "token_bias_summed": ["sharded", "norm"],
+    "token_bias_counted_once": ["norm"],
+    "token_table_half_missing": ["sharded", "norm"],
+    "token_head_summed": ["replicated", "norm"],
+    "heads_drawn_per_rank": ["weights"],
+    "order_counted_on_every_rank": ["sharded", "replicated", "norm"],
+}
 
 
 @pytest.mark.parametrize("tp", [2])
-@pytest.mark.parametrize("name", SILENT)
+@pytest.mark.parametrize("name", SILENT | SILENT_IN_BERT)
 def test_the_loss_is_identical_and_others_are_red(ranks, device, name, tp):
-    right = verdict_of_all(ranks, None, tp, 1, device)
-    found = verdict_of_all(ranks, name, tp, 1, device)
+    subject = "bert" if name in BERT_MUTANTS else "gpt2"
+    right = verdict_of_all(ranks, subject, None, tp, 1, device)
+    found = verdict_of_all(ranks, subject, name, tp, 1, device)
     assert found.loss == right.loss
-    assert found.red == SILENT[name]
+    assert found.red == (SILENT | SILENT_IN_BERT)[name]
 
 
 def test_there_are_many():
-    assert len(MUTANTS) >= 30
-    mistakes = {mutant.mistake for mutant in MUTANTS.values()}
-    assert len(mistakes) == len(MUTANTS)
+    assert len(MUTANTS) >= 30 and len(BERT_MUTANTS) >= 15 and len(INHERITED) >= 25
+    assert len(EVERY) == len(MUTANTS) + len(BERT_MUTANTS)
+    assert len({mutant.mistake for mutant in EVERY.values()}) == len(EVERY)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_mistake_is_undone(name):
     "Also after an error, and with nothing left behind in a class that inherited the target."
     from pkgutil import resolve_name
 
-    path, _, last = f"megatron_edu.{MUTANTS[name].target}".rpartition(".")
+    path, _, last = f"megatron_edu.{EVERY[name].target}".rpartition(".")
     before, was_own = getattr(resolve_name(path), last), last in vars(resolve_name(path))
-    with pytest.raises(KeyError), MUTANTS[name].made():
+    with pytest.raises(KeyError), EVERY[name].made():
         assert getattr(resolve_name(path), last) is not before
         raise KeyError
     assert getattr(resolve_name(path), last) is before
