@@ -88,15 +88,20 @@ def _gradient_errors(
     return torch.stack(sharded).max(), torch.stack(replicated).max()
 
 # %% ../nbs/3_layers/09_checker.ipynb #9319f1e8
-def _own_rows(batch: list, group: dist.ProcessGroup | None) -> list:
-    "This replica's rows of each tensor of the global batch."
-    rows, replicas = batch[0].shape[0], group_size(group)
+def _own_rows(
+    batch: torch.Tensor | None,             # (b, ...) of the global batch
+    group: dist.ProcessGroup | None,        # the data-parallel group
+) -> torch.Tensor | None:                   # (b/dp, ...)
+    "This replica's rows."
+    if batch is None:
+        return None
+    rows, replicas = batch.shape[0], group_size(group)
     if rows % replicas:
         raise ValueError(
             f"a batch of {rows} rows does not divide among {replicas} replicas; "
             f"pass a multiple of {replicas} rows"
         )
-    return [None if t is None else t.chunk(replicas)[group_rank(group)] for t in batch]
+    return batch.chunk(replicas)[group_rank(group)]
 
 # %% ../nbs/3_layers/09_checker.ipynb #c42fed46
 def compare_with_reference(
@@ -108,6 +113,7 @@ def compare_with_reference(
     *,
     dp_group: dist.ProcessGroup | None = None,  # replicas: each takes its share of the batch's rows
     atol: float = ATOL,
+    **rows: torch.Tensor,                   # (b, ...) what else `loss` takes, by keyword
 ) -> Report:                                # the same on every rank
     """One step of both models, compared in four ways. Every rank of the group calls it.
 
@@ -115,12 +121,13 @@ def compare_with_reference(
     among the replicas.
     """
     batch = [input_ids, labels, loss_mask]
-    mine = _own_rows(batch, dp_group)
-    want = answer(reference, *batch)
+    mine = [_own_rows(tensor, dp_group) for tensor in batch]
+    my_rows = {name: _own_rows(tensor, dp_group) for name, tensor in rows.items()}
+    want = answer(reference, *batch, **rows)
     module = getattr(model, "module", model)
     module.zero_grad(set_to_none=True)
     num_tokens = token_weights(labels, loss_mask).sum() / group_size(dp_group)
-    loss = model.loss(*mine, num_tokens=num_tokens)
+    loss = model.loss(*mine, num_tokens=num_tokens, **my_rows)
     loss.backward()
 
     groups = (place.group for place in placements(module).values())
@@ -143,13 +150,14 @@ def check_equivalence(
     *,
     dp_group: dist.ProcessGroup | None = None,
     atol: float = ATOL,
+    **rows: torch.Tensor,                   # (b, ...) what else `loss` takes, by keyword
 ) -> Report:
     """`compare_with_reference`, and `AssertionError` with the four numbers if a check is red.
 
     Every rank raises or none does.
     """
     report = compare_with_reference(
-        model, reference, input_ids, labels, loss_mask, dp_group=dp_group, atol=atol
+        model, reference, input_ids, labels, loss_mask, dp_group=dp_group, atol=atol, **rows
     )
     if not report.passed:
         raise AssertionError(

@@ -7,6 +7,7 @@ from gpt2_cases import batch, config, groups, pair, shake
 from megatron_edu import reference
 from megatron_edu.comm import all_gather
 from megatron_edu.models.gpt2 import GPT2
+from megatron_edu.reference.gpt2 import token_weights
 from megatron_edu.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_edu.tensor_parallel.norm import clip_grad_norm
 from megatron_edu.tensor_parallel.random import seed_replica
@@ -18,6 +19,7 @@ from megatron_edu.training.optimizer import OptimizerConfig, make_optimizer
 grids = pytest.mark.parametrize("dp", [1, 2])
 widths = pytest.mark.parametrize("tp", [1, 2, 4])
 
+NAMES = ("input_ids", "labels", "loss_mask")
 VARIANTS = {
     "plain": config(),
     "recompute": config(recompute=True),
@@ -76,15 +78,19 @@ def test_low_precision(ranks, device, tp, dtype, atol):
 
 
 def bf16_errors(tp, device):
+    return autocast_errors(tp, device, pair, config(), dict(zip(NAMES, batch(config()))))
+
+
+def autocast_errors(tp, device, pair, config, data):
     "Error of bf16 autocast against float64: loss and largest gradient, ours and the reference's."
-    model, full = pair(config(), groups(tp, 1, device).tp_group, torch.float32, device)
-    exact = pair(config(), None, torch.float64, device)[1]
-    data = batch(config(), device=device)
-    want = reference.gpt2.answer(exact, *data)
+    model, full = pair(config, groups(tp, 1, device).tp_group, torch.float32, device)
+    exact = pair(config, None, torch.float64, device)[1]
+    data = {name: tensor.to(device) for name, tensor in data.items()}
+    want = reference.gpt2.answer(exact, **data)
     errors = []
     for each in (model, full):
         with torch.autocast(device, torch.bfloat16):
-            loss = each.loss(*data)
+            loss = each.loss(**data)
         assert loss.dtype == torch.float32, "the loss is added up in fp32"
         loss.backward()
         gradients = {name: p.grad for name, p in each.named_parameters()}
@@ -124,7 +130,7 @@ def train_reference(full, batches):
     )
     for data in batches:
         optimizer.zero_grad()
-        full.loss(*data).backward()
+        full.loss(**data).backward()
         norm = torch.nn.utils.clip_grad_norm_(full.parameters(), MAX_NORM)
         assert norm > MAX_NORM, f"a norm of {norm} is not clipped: the test proves nothing"
         optimizer.step()
@@ -137,20 +143,24 @@ def train_sharded(model, dp_group, dp_rank, dp, batches):
     norms = []
     for data in batches:
         optimizer.zero_grad()
-        counted = ((data[1] != -100) * data[2]).sum()
-        rows = [t.chunk(dp)[dp_rank] for t in data]
-        wrapped.loss(*rows, num_tokens=counted / dp).backward()
+        counted = token_weights(data["labels"], data.get("loss_mask")).sum()
+        rows = {name: t.chunk(dp)[dp_rank] for name, t in data.items()}
+        wrapped.loss(**rows, num_tokens=counted / dp).backward()
         norms.append(clip_grad_norm(model, ADAMW.clip).item())
         optimizer.step()
     return norms
 
 
 def training_differences(tp, dp, config, device):
-    "Largest difference of a parameter after five steps, and how far the parameters went."
     mine = groups(tp, dp, device)
-    model, full = pair(config, mine.tp_group, device=device)
-    start = {n: p.clone() for n, p in full.state_dict().items()}
     batches = [batch(config, seed=seed, device=device) for seed in range(STEPS)]
+    batches = [dict(zip(NAMES, data, strict=True)) for data in batches]
+    return differences_after(*pair(config, mine.tp_group, device=device), mine, dp, batches)
+
+
+def differences_after(model, full, mine, dp, batches):
+    "Largest difference of a parameter after the steps, and how far the parameters went."
+    start = {n: p.clone() for n, p in full.state_dict().items()}
     train_reference(full, batches)
     norms = train_sharded(model, mine.dp_group, mine.dp_rank, dp, batches)
     got, want = gather_state_dict(model), full.state_dict()

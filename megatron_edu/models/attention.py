@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..comm import group_size
-from ..config import GPT2Config
+from ..config import ModelConfig
 from ..tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from ..tensor_parallel.random import sharded_randomness
 from ..tensor_parallel.shard import check_divides
 
 # %% ../../nbs/4_models/02_attention.ipynb #f898899a
 class Attention(nn.Module):
-    """Causal self-attention whose heads are split over `group` (paper, section 3, figure 3b).
+    """Self-attention whose heads are split over `group` (paper, section 3, figure 3b).
 
     Forward: one all-reduce (g). Backward: one all-reduce (f). Raises `ValueError` if the heads do
     not divide among the ranks.
@@ -27,7 +27,7 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        config: GPT2Config,
+        config: ModelConfig,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
     ):
         super().__init__()
@@ -39,16 +39,20 @@ class Attention(nn.Module):
         )
         self.proj = RowParallelLinear(config.hidden_size, config.hidden_size, group=group)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:             # (b, s, h) -> (b, s, h)
-        "Every position looks at itself and those before it, in this rank's heads."
+    def forward(
+        self,
+        x: torch.Tensor,                    # (b, s, h)
+        mask: torch.Tensor | None = None,   # (b, 1, 1, s): where a row may be looked at; None: all
+    ) -> torch.Tensor:                      # (b, s, h)
+        "Every position looks at what `mask` allows, a causal one at no later position."
         heads = (-1, self.config.head_size)
         q, k, v = self.qkv(x).chunk(3, dim=-1)                      # (b, s, h/tp) each
         q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in (q, k, v))   # (b, n/tp, s, d)
-        p = self.config.dropout if self.training else 0.0
+        p, causal = self.config.dropout if self.training else 0.0, self.config.causal
         if p == 0:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         else:
             with sharded_randomness(self.group):
-                y = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+                y = F.scaled_dot_product_attention(q, k, v, mask, p, causal)
         y = self.proj(y.transpose(1, 2).flatten(2))                 # (b, s, h)
         return F.dropout(y, self.config.dropout, self.training)

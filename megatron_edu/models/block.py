@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..config import GPT2Config
+from ..config import ModelConfig
 from .attention import Attention
 from .mlp import MLP
 
@@ -23,7 +23,7 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        config: GPT2Config,
+        config: ModelConfig,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
     ):
         super().__init__()
@@ -32,7 +32,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = MLP(config, group)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:             # (b, s, h) -> (b, s, h)
+    def forward(
+        self,
+        x: torch.Tensor,                    # (b, s, h)
+        mask: torch.Tensor | None = None,   # (b, 1, 1, s): where a row may be looked at; None: all
+    ) -> torch.Tensor:                      # (b, s, h)
         "Attention, then MLP."
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), mask)
         return x + self.mlp(self.ln_2(x))

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..comm import group_size
-from ..config import GPT2Config
+from ..config import ModelConfig
+from ..reference.gpt2 import gelu
 from ..tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from ..tensor_parallel.shard import check_divides
 
@@ -26,7 +27,7 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        config: GPT2Config,
+        config: ModelConfig,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
     ):
         super().__init__()
@@ -37,6 +38,5 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:             # (b, s, h) -> (b, s, h)
         "Each position by itself."
-        approximate = "tanh" if self.config.gelu == "tanh" else "none"
-        y = F.gelu(self.up(x), approximate=approximate)             # (b, s, f/tp)
+        y = gelu(self.up(x), self.config.gelu)                      # (b, s, f/tp)
         return F.dropout(self.down(y), self.config.dropout, self.training)
