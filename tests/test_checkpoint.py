@@ -245,7 +245,7 @@ DAMAGE = {
     "pickle": (replace_by_pickle, "model.safetensors is not a whole safetensors file"),
     "json": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "list": (lambda f: (f / "config.json").write_text("[1]"), "holds a list, not an object"),
-    "no model": (lambda f: (f / "config.json").write_text("{}"), "describes no GPT-2"),
+    "no model": (lambda f: (f / "config.json").write_text("{}"), "describes no gpt2 and no bert"),
     "no config": (lambda f: (f / "config.json").unlink(), "name a folder step-NNNNNNNN of a run"),
 }
 

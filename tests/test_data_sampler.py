@@ -8,12 +8,17 @@ import torch
 
 from megatron_edu.comm import Ledger
 from megatron_edu.data.gpt2 import GPT2Samples
-from megatron_edu.data.sampler import BatchSampler, broadcast_batch
+from megatron_edu.data.sampler import BatchSampler, Field, broadcast_batch
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.ranks import RankError
 
 VOCAB = 997
+
+
+def token_fields(shape=(2, 4), vocab_size=10) -> dict[str, Field]:
+    "What a GPT-2 of this vocabulary reads."
+    return {"input_ids": Field(shape, vocab_size), "labels": Field(shape, vocab_size, True)}
 
 
 def steps_of(num_samples, global_batch, micro_batch, dp, consumed=0) -> list[list[int]]:
@@ -111,9 +116,7 @@ def two_steps(samples, dims, device):
             batch = samples.batch(indices) if groups.tp_rank == 0 else None
             read += len(indices) * (batch is not None)
             batches.append(
-                broadcast_batch(
-                    batch, groups.tp_group, shape=(2, 12), vocab_size=VOCAB, device=device
-                )
+                broadcast_batch(batch, groups.tp_group, token_fields((2, 12), VOCAB), device)
             )
     both = {k: torch.cat([batch[k] for batch in batches]).cpu() for k in ("input_ids", "labels")}
     counts = ledger.count("broadcast", axis="tp"), ledger.elements("broadcast"), ledger.count()
@@ -151,12 +154,12 @@ def spoiled(name: str, token: int) -> dict[str, torch.Tensor]:
 def test_ids_outside_the_vocabulary_are_refused(name, token):
     batch = spoiled(name, token)
     if (name, token) == ("labels", -100):
-        kept = broadcast_batch(batch, None, shape=(2, 4), vocab_size=10)
+        kept = broadcast_batch(batch, None, token_fields())
         assert torch.equal(kept["labels"], batch["labels"])
         return
-    message = f"{name} holds token id {token}; a vocabulary of 10 has 0 to 9"
+    message = f"{name} holds {token}; this model knows 0 to 9; use the tokenizer"
     with pytest.raises(ValueError, match=message):
-        broadcast_batch(batch, None, shape=(2, 4), vocab_size=10)
+        broadcast_batch(batch, None, token_fields())
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -164,10 +167,10 @@ def test_a_bad_id_stops_every_rank_of_the_group(ranks, tp, device):
     def feed(dims, batch):
         groups = dims.build(device)
         mine = batch if groups.tp_rank == 0 else None
-        return broadcast_batch(mine, groups.tp_group, shape=(2, 4), vocab_size=10, device=device)
+        return broadcast_batch(mine, groups.tp_group, token_fields(), device)
 
     world, dims = ranks(tp), ParallelDims(tp=tp)
-    with pytest.raises(RankError, match="input_ids holds token id 10; a vocabulary of 10"):
+    with pytest.raises(RankError, match="input_ids holds 10; this model knows 0 to 9"):
         world(feed, dims, spoiled("input_ids", 10))
     after = world(feed, dims, good_batch())
     assert all(torch.equal(batch["labels"].cpu(), good_batch()["labels"]) for batch in after)
@@ -178,7 +181,7 @@ def test_a_batch_of_small_integers_arrives_as_it_was(ranks, tp, device):
     def feed(dims, batch):
         groups = dims.build(device)
         mine = batch if groups.tp_rank == 0 else None
-        return broadcast_batch(mine, groups.tp_group, shape=(2, 4), vocab_size=10, device=device)
+        return broadcast_batch(mine, groups.tp_group, token_fields(), device)
 
     for batch in ranks(tp)(feed, ParallelDims(tp=tp), good_batch(torch.int32)):
         assert batch["input_ids"].dtype == torch.int64
@@ -188,11 +191,11 @@ def test_a_batch_of_small_integers_arrives_as_it_was(ranks, tp, device):
 def test_a_batch_of_another_shape_is_refused():
     message = re.escape("input_ids of shape (2, 4); a batch of this step has (2, 5)")
     with pytest.raises(ValueError, match=message):
-        broadcast_batch(good_batch(), None, shape=(2, 5), vocab_size=10)
+        broadcast_batch(good_batch(), None, token_fields((2, 5)))
 
 
 def test_one_rank_makes_no_message():
     with Ledger() as ledger:
-        batch = broadcast_batch(good_batch(), None, shape=(2, 4), vocab_size=10)
+        batch = broadcast_batch(good_batch(), None, token_fields())
     assert ledger.count() == 0
     assert torch.equal(batch["input_ids"], good_batch()["input_ids"])

@@ -1,13 +1,13 @@
 "Byte-level BPE: any text comes back, GPT-2's ids are GPT-2's, and cutting a text changes none."
 
 import os
-import random
 import re
 import subprocess
 import sys
 from itertools import islice
 
 import pytest
+from text_cases import any_unicode, word_soup
 
 from megatron_edu.data.corpus import embedded_corpus, read_documents
 from megatron_edu.data.tokenizer import EOD, Tokenizer, load_tokenizer, pieces, train_tokenizer
@@ -21,21 +21,6 @@ def documents() -> list[str]:
 @pytest.fixture(scope="module")
 def tokenizer(documents) -> Tokenizer:
     return train_tokenizer(documents, 1000)
-
-
-def any_unicode(seed: int, length: int = 200) -> str:
-    "Any characters at all, half of them from the first 256, without the halves of surrogate pairs."
-    chance = random.Random(seed)
-    codes = (chance.randrange(chance.choice([256, 0x110000])) for _ in range(length))
-    return "".join(chr(code) for code in codes if not 0xD800 <= code <= 0xDFFF)
-
-
-def word_soup(seed: int, length: int = 400) -> str:
-    "What the word pattern of GPT-2 has rules for: spaces, digits, apostrophes, line ends, marks."
-    chance = random.Random(seed)
-    parts = ["word", "it's", "we'll", "42", "é", "漢字", "_", "...", "!", " ", "  ", "\n"]
-    parts += ["\n\n", "\t", "\u00a0", "\u2003", "\x1f", "\u200f", "<|endoftext|>", "'", "🙂"]
-    return "".join(chance.choice(parts) + " " * (chance.random() < 0.5) for _ in range(length))
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -20,6 +20,7 @@ from megatron_edu.config import GPT2Config
 from megatron_edu.data.gpt2 import GPT2Samples
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.mesh import ParallelDims
+from megatron_edu.models import build_model
 from megatron_edu.training import loop, step
 from megatron_edu.training.checkpoint import (
     checkpoint_folder,
@@ -30,7 +31,8 @@ from megatron_edu.training.checkpoint import (
 from megatron_edu.training.journal import read_metrics, validation_losses
 from megatron_edu.training.loop import stop_requested, train
 from megatron_edu.training.optimizer import OptimizerConfig
-from megatron_edu.training.step import Data, RunConfig, TrainConfig, validation_loss
+from megatron_edu.training.step import Data, RunConfig, TrainConfig
+from megatron_edu.training.validation import validate
 
 TINY = GPT2Config(2, 32, 4, vocab_size=90, max_seq_len=16, dropout=0.0, vocab_multiple=24)
 DROPOUT = replace(TINY, dropout=0.1)
@@ -279,10 +281,10 @@ def held_out(config, prefix) -> float:
     "Validation loss of the initial model on a grid."
     groups = config.parallel.build()
     data = Data.open(TokenFile(prefix), config, groups, torch.device("cpu"))
-    model = loop.GPT2(config.model, groups.tp_group)
-    found = validation_loss(model, data)
-    assert model.training and validation_loss(model, data) == found
-    return found
+    model = build_model(config.model, groups.tp_group)
+    found = validate(model, data)
+    assert model.training and validate(model, data) == found
+    return found["val_loss"]
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (1, 2)])

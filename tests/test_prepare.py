@@ -4,8 +4,10 @@ import json
 
 import pytest
 
+from megatron_edu.data.bert import BertSamples
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.prepare import find_token_file, prepare, prepare_documents
 
 TEXTS = ["The cat sat on the mat.", "A dog barks at the cat.", "Grüße und Küsse."]
@@ -87,6 +89,9 @@ def test_half_a_token_file_is_named(lines, tmp_path, half):
         ({"text_field": "text"}, "line 1: no string in field 'text'"),
         ({"vocab_size": 256, "text_field": "body"}, "vocab_size 256 is too small"),
         ({"tokenizer": "absent", "text_field": "body"}, "no tokenizer there"),
+        ({"model": "t5", "text_field": "body"}, "model 't5'; known are gpt2, bert"),
+        ({"model": "bert", "vocab_size": 20, "text_field": "body"}, "vocab_size 20 is too small"),
+        ({"model": "bert", "tokenizer": "absent", "text_field": "body"}, "vocab.txt"),
     ],
 )
 def test_bad_input_leaves_nothing(lines, tmp_path, arguments, words):
@@ -112,4 +117,74 @@ def test_a_failure_leaves_the_old_tokens_with_their_tokenizer(lines, tmp_path):
 
     with pytest.raises(ValueError, match="disk is gone"):
         prepare_documents(broken(), out, train_tokenizer(["something else"], 260))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+# For BERT
+
+
+@pytest.fixture
+def stories(tmp_path):
+    texts = ["The cat sat. A dog barks! The cat runs.", "One\nline. Grüße und Küsse. The end."]
+    texts += ["Lone."]
+    path = tmp_path / "stories.jsonl"
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    return path
+
+
+SENTENCES = ["the cat sat.", "a dog barks!", "the cat runs.", "one line.", "gruße und kusse."]
+SENTENCES += ["the end.", "lone."]
+
+
+def sentences_of(folder):
+    "What the sentence file and the tokenizer beside it say."
+    tokenizer, file = load_wordpiece(folder), TokenFile(folder / "tokens")
+    assert file.document_offsets.tolist() == [0, 3, 6, 7]
+    return [tokenizer.decode(ids.tolist()) for ids in file]
+
+
+def test_for_bert_the_sentences_come_back(stories, tmp_path):
+    out = tmp_path / "out"
+    file = prepare((stories,), out, vocab_size=90, text_field="body", model="bert")
+    assert sentences_of(out) == SENTENCES and find_token_file(out) == out / "tokens"
+    names = ["tokenizer.json", "tokens.bin", "tokens.idx"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    batch = BertSamples(file, load_wordpiece(out / "tokenizer.json"), 16, 4).batch(range(4))
+    assert batch["input_ids"].shape == (4, 16)
+
+
+def test_for_bert_a_given_vocabulary_is_used_and_kept(stories, tmp_path):
+    given = train_wordpiece(["the cat runs and barks, gruße und kusse"] * 2, 60)
+    vocab = sorted(given.core.get_vocab().items(), key=lambda item: item[1])
+    (tmp_path / "vocab.txt").write_text("".join(token + "\n" for token, _ in vocab))
+    prepare((stories,), tmp_path / "out", tmp_path / "vocab.txt", 9, "body", "bert")
+    kept = load_wordpiece(tmp_path / "out")
+    assert kept.core.get_vocab() == given.core.get_vocab()
+    assert TokenFile(tmp_path / "out" / "tokens")[2].tolist() == given.encode("The cat runs.")
+    prepare((stories,), tmp_path / "again", tmp_path / "out", text_field="body", model="bert")
+    for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_a_tokenizer_of_the_other_model_is_refused(lines, stories, tmp_path):
+    prepare((lines,), tmp_path / "gpt2", vocab_size=300, text_field="body")
+    prepare((stories,), tmp_path / "bert", vocab_size=90, text_field="body", model="bert")
+    with pytest.raises(ValueError, match=r"without \[PAD\]"):
+        prepare((lines,), tmp_path / "out", tmp_path / "gpt2", text_field="body", model="bert")
+    with pytest.raises(ValueError, match=r"no token '<\|endoftext\|>'"):
+        prepare((lines,), tmp_path / "out", tmp_path / "bert", text_field="body")
+    assert not (tmp_path / "out").exists()
+
+
+def test_for_bert_a_failure_leaves_the_old_pair(stories, tmp_path):
+    out = tmp_path / "out"
+    prepare((stories,), out, vocab_size=90, text_field="body", model="bert")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def broken():
+        yield "fine"
+        raise ValueError("the disk is gone")
+
+    with pytest.raises(ValueError, match="disk is gone"):
+        prepare_documents(broken(), out, train_wordpiece(["something else"], 60))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -301,10 +301,14 @@ class TokenIndex:
         self.num_tokens = count_tokens(path, self.dtype.itemsize, *arrays)
 
     @property
+    def sequence_starts(self) -> np.ndarray:
+        "(sequences + 1,): the first token of each sequence, and at the end the number of tokens."
+        return np.append(self._starts // self.dtype.itemsize, self.num_tokens)
+
+    @property
     def document_starts(self) -> np.ndarray:
         "(documents + 1,): the first token of each document, and at the end the number of tokens."
-        starts = np.append(self._starts // self.dtype.itemsize, self.num_tokens)
-        return starts[self.document_offsets]
+        return self.sequence_starts[self.document_offsets]
 
 # %% ../../nbs/5_data/03_token_file.ipynb #e444c0e2
 class TokenFile(TokenIndex):

@@ -16,48 +16,54 @@ from torch.nn.parallel import DistributedDataParallel
 from ..comm import group_size
 
 # %% ../../nbs/6_training/03_data_parallel.ipynb #deef68ec
-class _LossOf(nn.Module):
-    "DDP watches `forward`; the loss is what we call."
+class _LossesOf(nn.Module):
+    "DDP watches `forward`; the losses are what we call."
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, *args, **kwargs):
-        return self.model.loss(*args, **kwargs)
+        return self.model.losses(*args, **kwargs)
 
 # %% ../../nbs/6_training/03_data_parallel.ipynb #6c584785
 class DataParallel:
     """A model whose gradients are averaged over replicas in the backward pass, by PyTorch's DDP.
 
-    The average is the gradient of the global batch when every replica passes to `loss` as
-    `num_tokens` the counted tokens of the global batch / replicas. All begin with the weights of
-    the first replica. Without a group, or with one rank in it, this is the model alone.
+    The average is the gradient of the global batch when every replica passes to `losses` as
+    `num_tokens` the counted tokens of the global batch / replicas, and its rows / replicas as
+    `num_samples` where they are counted. All begin with the weights of the first replica. Without
+    a group, or with one rank in it, this is the model alone.
     """
 
     def __init__(
         self,
-        module: nn.Module,                      # has `loss`
+        module: nn.Module,                      # has `losses`
         group: dist.ProcessGroup | None,        # the data-parallel group
     ):
         self.module = module
         self._ddp = None
         if group_size(group) > 1:
             self._ddp = DistributedDataParallel(
-                _LossOf(module),
+                _LossesOf(module),
                 process_group=group,
                 gradient_as_bucket_view=True,
             )
 
-    def loss(self, *args, **kwargs) -> torch.Tensor:
-        "The module's loss. Its backward pass averages the gradients over the replicas."
+    def losses(self, *batch, **options) -> dict[str, torch.Tensor]:
+        "The module's losses. The backward pass of their sum averages the replicas' gradients."
         if self._ddp is None:
-            return self.module.loss(*args, **kwargs)
-        loss = self._ddp(*args, **kwargs)
-        if loss.requires_grad:
-            # The averages are DDP's work: the loss keeps it, if nobody else does.
-            loss.register_hook(lambda grad, ddp=self._ddp: None)
-        return loss
+            return self.module.losses(*batch, **options)
+        losses = self._ddp(*batch, **options)
+        for loss in losses.values():
+            if loss.requires_grad:
+                # The averages are DDP's work: the loss keeps it, if nobody else does.
+                loss.register_hook(lambda grad, ddp=self._ddp: None)
+        return losses
+
+    def loss(self, *batch, **options) -> torch.Tensor:
+        "The sum of `losses`."
+        return sum(self.losses(*batch, **options).values())
 
     def no_sync(self) -> contextlib.AbstractContextManager:
         "Inside, replicas sum gradients alone: for all micro-batches of a step but the last."

@@ -8,6 +8,7 @@ __all__ = ['OptimizerConfig', 'decay_groups', 'make_optimizer']
 # %% ../../nbs/6_training/01_optimizer.ipynb #3d921462
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ class OptimizerConfig:
     lr: float = 1.5e-4              # highest learning rate, reached at the end of the warm-up
     min_lr: float = 1e-5            # learning rate at the last step
     warmup_steps: int = 3000        # steps over which the learning rate rises from 0
+    decay: Literal["cosine", "linear"] = "cosine"   # how it falls after the warm-up
     weight_decay: float = 0.01      # decoupled; not for biases and LayerNorms
     beta1: float = 0.9              # decay of the gradient's running mean
     beta2: float = 0.999            # decay of the squared gradient's running mean
@@ -34,6 +36,7 @@ class OptimizerConfig:
             "lr": (0 < self.lr < math.inf, "a number above 0"),
             "min_lr": (0 <= self.min_lr <= self.lr, f"from 0 to lr={self.lr}"),
             "warmup_steps": (self.warmup_steps >= 0, "0 or more steps; 0 begins at lr"),
+            "decay": (self.decay in ("cosine", "linear"), "'cosine' (GPT-2) or 'linear' (BERT)"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more; 0 for none"),
             "beta1": (0 <= self.beta1 < 1, "at least 0 and below 1; usual is 0.9"),
             "beta2": (0 <= self.beta2 < 1, "at least 0 and below 1; usual is 0.999"),
@@ -42,7 +45,7 @@ class OptimizerConfig:
         }
         for name, (holds, rule) in rules.items():
             if not holds:
-                raise ValueError(f"{name}={getattr(self, name)}: must be {rule}")
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be {rule}")
 
 # %% ../../nbs/6_training/01_optimizer.ipynb #0a60e39a
 def decay_groups(

@@ -18,16 +18,18 @@ def learning_rate(
     steps: int,                 # of the whole run
     config: OptimizerConfig,
 ) -> float:
-    """The rate of a step: a straight rise to `lr`, then a half cosine to `min_lr` (paper, 4.2).
+    """The rate of a step: a straight rise to `lr`, then a fall to `min_lr` (paper, 4.2).
 
-    The warm-up ends at `lr`; the cosine takes all other steps and ends at `min_lr` with the last.
-    A run shorter than its warm-up ends on the way up.
+    The warm-up ends at `lr`; the fall, half a cosine or a straight line, takes all other steps and
+    ends at `min_lr` with the last. A run shorter than its warm-up ends on the way up.
     """
     warmup = config.warmup_steps
     if step <= warmup:
         return config.lr * step / warmup
     progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    linear = config.decay == "linear"
+    left = 1 - progress if linear else (1 + math.cos(math.pi * progress)) / 2
+    return config.min_lr + (config.lr - config.min_lr) * left
 
 # %% ../../nbs/6_training/02_schedule.ipynb #402c4da0
 def set_learning_rate(
