@@ -7,7 +7,7 @@ __all__ = ['PRESETS', 'round_up', 'ModelConfig', 'GPT2Config', 'BertConfig', 'pa
 
 # %% ../nbs/2_reference/01_config.ipynb #7fe53bd2
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 # %% ../nbs/2_reference/01_config.ipynb #0c27ec98
 def round_up(
@@ -53,7 +53,7 @@ class ModelConfig:
     max_seq_len: int                    # longest sequence, in tokens
     dropout: float = 0.1                # of embeddings, attention weights, and each half of a block
     ffn_hidden_size: int | None = None  # f: width inside the MLP; None means 4h
-    gelu: str = "tanh"                  # "tanh": GPT-2's approximation; "exact": by erf
+    gelu: Literal["tanh", "exact"] = "tanh"     # tanh: GPT-2's approximation; exact: by erf
     layer_norm_eps: float = 1e-5        # added to the variance in every LayerNorm
     init_std: float = 0.02              # of the initial weights (paper, 4.2)
     vocab_multiple: int = 1024          # the embedding is padded to it: 128 x 8 (paper, 5.1)
@@ -96,10 +96,10 @@ class BertConfig(ModelConfig):
 
     causal: ClassVar[bool] = False
 
-    gelu: str = "exact"                 # as in the original
+    gelu: Literal["tanh", "exact"] = "exact"    # as in the original
     layer_norm_eps: float = 1e-12       # as in the original
     num_token_types: int = 2            # kinds of segment: rows of their table
-    layer_norm: str = "pre"             # "pre": before each half (fig. 7b); "post": after (7a)
+    layer_norm: Literal["pre", "post"] = "pre"  # pre: before each half (fig. 7b); post: after (7a)
 
     def __post_init__(self):
         super().__post_init__()
