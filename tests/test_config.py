@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megatron_edu import reference
-from megatron_edu.config import PRESETS, GPT2Config, parameter_counts, round_up
+from megatron_edu.config import PRESETS, BertConfig, GPT2Config, parameter_counts, round_up
 
 TINY = PRESETS["tiny"]
 
@@ -48,8 +48,9 @@ def test_presets_of_the_scaling_study(name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_count_is_that_of_the_model(name):
     "On the meta device: shapes without content."
+    kind = {GPT2Config: reference.GPT2, BertConfig: reference.Bert}[type(PRESETS[name])]
     with torch.device("meta"):
-        model = reference.GPT2(PRESETS[name])
+        model = kind(PRESETS[name])
     assert sum(p.numel() for p in model.parameters()) == PRESETS[name].num_parameters()
 
 
