@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from megatron_edu import reference
@@ -22,6 +23,13 @@ EXACT = {
     "gpt2-8.3b-24-heads": 8_317_040_640,
 }
 
+# The paper's three BERTs: hidden, heads, layers, parameters, and what the paper calls them.
+BERTS = {
+    "bert-336m": (1024, 16, 24, 336_429_058, "336M"),
+    "bert-1.3b": (2048, 32, 24, 1_281_001_474, "1.3B"),
+    "bert-3.9b": (2560, 40, 48, 3_869_588_482, "3.9B"),
+}
+
 # hidden, heads, layers, parameters in the paper's rounding
 SCALING_STUDY = {
     "gpt2-1.2b": (1536, 16, 40, "1.2135"),
@@ -29,6 +37,17 @@ SCALING_STUDY = {
     "gpt2-4.2b": (2304, 24, 64, "4.1991"),
     "gpt2-8.3b": (3072, 32, 72, "8.3170"),
 }
+
+
+ODD = {
+    "odd sizes": GPT2Config(3, 15, 5, vocab_size=23, max_seq_len=7, vocab_multiple=8),
+    "f is not 4h": GPT2Config(2, 12, 3, 23, 7, ffn_hidden_size=17, vocab_multiple=8),
+    "no padding": GPT2Config(1, 12, 3, 23, 7, vocab_multiple=1),
+    "BERT, odd sizes": BertConfig(3, 15, 5, 23, 7, vocab_multiple=8, num_token_types=3),
+    "BERT, f is not 4h": BertConfig(2, 12, 3, 23, 7, ffn_hidden_size=17, vocab_multiple=8),
+    "BERT, post-LN": BertConfig(1, 12, 3, 23, 7, vocab_multiple=1, layer_norm="post"),
+}
+KINDS = {GPT2Config: reference.GPT2, BertConfig: reference.Bert}
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -45,30 +64,48 @@ def test_presets_of_the_scaling_study(name):
     assert (config.head_size, config.padded_vocab_size, config.max_seq_len) == (96, 51_200, 1024)
 
 
+@pytest.mark.parametrize("name", BERTS)
+def test_presets_of_the_berts(name):
+    "The paper's vocabulary, padded by the same rule as GPT-2's, and its order of layers."
+    config = PRESETS[name]
+    hidden, heads, layers, exact, short = BERTS[name]
+    assert (config.hidden_size, config.num_heads, config.num_layers) == (hidden, heads, layers)
+    assert config.num_parameters() == exact
+    millions, billions = f"{exact / 1e6:.0f}M", f"{exact / 1e9:.1f}B"
+    assert short in (millions, billions) and name == f"bert-{short.lower()}"
+    assert (config.head_size, config.max_seq_len, config.num_token_types) == (64, 512, 2)
+    assert (config.vocab_size, config.padded_vocab_size) == (30_522, 30_720)
+    assert (config.layer_norm, config.gelu, config.layer_norm_eps) == ("pre", "exact", 1e-12)
+
+
+def test_the_first_bert_without_padding():
+    "BERT-base with both heads, as transformers counts it."
+    base = replace(PRESETS["bert-336m"], num_layers=12, hidden_size=768, num_heads=12)
+    for layer_norm in ("pre", "post"):
+        config = replace(base, vocab_multiple=1, layer_norm=layer_norm)
+        assert config.num_parameters() == 110_106_428
+    with torch.device("meta"):
+        theirs = transformers.BertForPreTraining(transformers.BertConfig())
+    assert sum(p.numel() for p in theirs.parameters()) == 110_106_428
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_count_is_that_of_the_model(name):
     "On the meta device: shapes without content."
-    kind = {GPT2Config: reference.GPT2, BertConfig: reference.Bert}[type(PRESETS[name])]
     with torch.device("meta"):
-        model = kind(PRESETS[name])
+        model = KINDS[type(PRESETS[name])](PRESETS[name])
     assert sum(p.numel() for p in model.parameters()) == PRESETS[name].num_parameters()
-
-
-ODD = {
-    "odd sizes": GPT2Config(3, 15, 5, vocab_size=23, max_seq_len=7, vocab_multiple=8),
-    "f is not 4h": GPT2Config(2, 12, 3, 23, 7, ffn_hidden_size=17, vocab_multiple=8),
-    "no padding": GPT2Config(1, 12, 3, 23, 7, vocab_multiple=1),
-}
 
 
 @pytest.mark.parametrize("name", ODD)
 def test_count_is_that_of_a_small_model(name):
     "By purpose, too."
     config = ODD[name]
-    model = reference.GPT2(config)
+    purposes = {"wte": "tokens", "wpe": "positions", ".attn.": "attention", ".mlp.": "mlp"}
+    purposes |= {"types": "token_types", "pooler": "order_head", "sop": "order_head"}
+    purposes |= {"mlm.": "token_head"}
     found = dict.fromkeys(parameter_counts(config), 0)
-    for parameter, value in model.named_parameters():
-        purposes = {"wte": "tokens", "wpe": "positions", ".attn.": "attention", ".mlp.": "mlp"}
+    for parameter, value in KINDS[type(config)](config).named_parameters():
         purpose = [p for part, p in purposes.items() if part in parameter] or ["norms"]
         found[purpose[0]] += value.numel()
     assert found == parameter_counts(config)
@@ -142,8 +179,28 @@ WRONG = [
 
 @pytest.mark.parametrize("change, message", WRONG, ids=lambda value: str(value)[:30])
 def test_impossible_numbers_are_refused(change, message):
+    "By both kinds."
+    for config in (TINY, PRESETS["bert-tiny"]):
+        with pytest.raises(ValueError) as caught:
+            replace(config, **change)
+        assert str(caught.value) == message
+
+
+WRONG_BERT = [
+    (dict(num_token_types=0), "num_token_types=0: must be a whole number, at least 1"),
+    (dict(num_token_types=2.0), "num_token_types=2.0: must be a whole number, at least 1"),
+    (
+        dict(layer_norm="Pre"),
+        "layer_norm='Pre': 'pre' (before each half, as the paper) or "
+        "'post' (after each addition, as the first BERT)",
+    ),
+]
+
+
+@pytest.mark.parametrize("change, message", WRONG_BERT, ids=lambda value: str(value)[:30])
+def test_impossible_berts_are_refused(change, message):
     with pytest.raises(ValueError) as caught:
-        replace(TINY, **change)
+        replace(PRESETS["bert-tiny"], **change)
     assert str(caught.value) == message
 
 
@@ -159,12 +216,32 @@ def test_the_nearest_that_divides_does_divide():
                 assert config.head_size * heads == hidden
 
 
-def test_frozen_comparable_and_saved_as_plain_values():
+@pytest.mark.parametrize("name", ["tiny", "bert-tiny"])
+def test_frozen_comparable_and_saved_as_plain_values(name):
+    config = PRESETS[name]
     with pytest.raises(FrozenInstanceError):
-        TINY.num_layers = 3
-    assert GPT2Config(**asdict(TINY)) == TINY
-    assert hash(replace(TINY)) == hash(TINY)
-    assert replace(TINY, num_layers=3) != TINY
+        config.num_layers = 3
+    assert type(config)(**asdict(config)) == config
+    assert hash(replace(config)) == hash(config)
+    assert replace(config, num_layers=3) != config
+
+
+def test_what_a_kind_is_cannot_be_chosen():
+    "GPT-2 is causal and BERT is not: no field, so no file and no option can say otherwise."
+    assert TINY.causal and not PRESETS["bert-tiny"].causal
+    assert not any(field.name == "causal" for field in fields(BertConfig))
+    assert TINY != BertConfig(**asdict(TINY))
+    with pytest.raises(TypeError, match="causal"):
+        GPT2Config(**asdict(TINY), causal=False)
+
+
+def test_bert_has_other_defaults():
+    config = BertConfig(2, 64, 4, vocab_size=512, max_seq_len=64)
+    assert (config.gelu, config.layer_norm_eps) == ("exact", 1e-12)
+    assert (config.num_token_types, config.layer_norm) == (2, "pre")
+    same = GPT2Config(2, 64, 4, vocab_size=512, max_seq_len=64)
+    for field in ("dropout", "ffn_hidden_size", "init_std", "vocab_multiple", "recompute"):
+        assert getattr(config, field) == getattr(same, field)
 
 
 def test_feed_forward_size():
