@@ -45,7 +45,10 @@ _open_ledgers: list["Ledger"] = []  # a rank is a process: this is one rank's ow
 # %% ../nbs/1_ranks/03_comm.ipynb #1c47c2c3
 @dataclass(eq=False)
 class Ledger:
-    "Keeps a record of every collective that this rank makes: `with Ledger() as ledger: ...`"
+    """Keeps a record of every collective made through this module: `with Ledger() as ledger: ...`
+
+    PyTorch's own messages are not in it: the averages of DistributedDataParallel, for one.
+    """
 
     records: list[Record] = field(default_factory=list)
 

@@ -141,6 +141,13 @@ def test_what_is_written_can_be_read(tmp_path, monkeypatch, capsys):
     assert bench.report(measured) in capsys.readouterr().out
 
 
+def test_without_transformers_other_cases_can_be_measured(monkeypatch):
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install transformers"):
+        BenchConfig()
+    assert BenchConfig(cases=("fp32-batch-1",)).rounds == 8
+
+
 @pytest.mark.parametrize("fields, rule", [
     ({"cases": ("fp64-batch-8",)}, "fp64-batch-8"),
     ({"rounds": 1}, "2 rounds or more"),

@@ -7,6 +7,7 @@ __all__ = ['SMALL', 'WIDE', 'OURS', 'SPLIT', 'PLAIN', 'THEIRS', 'THEIRS_FAST', '
            'measure', 'report', 'machine', 'BenchConfig', 'bench']
 
 # %% ../../nbs/8_scaling/02_bench.ipynb #a65c9729
+import importlib.util
 import json
 import os
 import platform
@@ -216,6 +217,12 @@ class BenchConfig:
         unknown = set(self.cases) - set(CASES)
         if unknown:
             raise ValueError(f"cases {sorted(unknown)} are unknown; there are {', '.join(CASES)}")
+        theirs = [name for name in self.cases if THEIRS in CASES[name].contenders]
+        if theirs and importlib.util.find_spec("transformers") is None:
+            raise ValueError(
+                f"cases {theirs} measure transformers as well, which is not installed: "
+                "pip install transformers, or name other cases"
+            )
         if self.rounds < 2 or self.seconds <= 0:
             raise ValueError(
                 f"rounds={self.rounds}, seconds={self.seconds}: 2 rounds or more, more than 0 s"
