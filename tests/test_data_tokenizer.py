@@ -8,9 +8,17 @@ from itertools import islice
 
 import pytest
 from text_cases import any_unicode, word_soup
+from tokenizers import models, trainers
 
 from megatron_edu.data.corpus import embedded_corpus, read_documents
-from megatron_edu.data.tokenizer import EOD, Tokenizer, load_tokenizer, pieces, train_tokenizer
+from megatron_edu.data.tokenizer import (
+    EOD,
+    Tokenizer,
+    byte_level,
+    load_tokenizer,
+    pieces,
+    train_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +131,25 @@ def test_bad_sources_are_refused(tokenizer, tmp_path):
 def test_another_token_may_end_documents(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     assert load_tokenizer(tmp_path, eod_token="e").eod_id == tokenizer.core.token_to_id("e")
+
+
+@pytest.mark.parametrize("name", ["<|end_of_text|>", "</s>", "<eos>", "[SEP]"])
+def test_other_names_for_the_end_of_a_document_are_known(tmp_path, name):
+    core = byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", name])
+    core.train_from_iterator(["some text, some more text"], trainer)
+    core.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.eod_id == 1 and loaded.encode(f"text{name}")[-1] == 1
+    assert loaded.decode([1]) == name
+
+
+def test_a_tokenizer_that_cannot_end_a_document_is_refused(tmp_path):
+    core = byte_level(models.BPE())
+    core.train_from_iterator(["some text"], trainers.BpeTrainer(special_tokens=["<pad>"]))
+    core.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"no token '<\|endoftext\|>' or .*'</s>'.*add one"):
+        load_tokenizer(tmp_path)
 
 
 def test_training_refuses_what_cannot_work(tmp_path):

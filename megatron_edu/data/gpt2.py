@@ -188,7 +188,8 @@ def split_documents(
     if num_documents < needed:
         raise ValueError(
             f"{num_documents} documents cannot be split in {needed} parts; each part needs one or "
-            "more; give more documents, or set a fraction to 0"
+            "more; give more text (a .txt file is one document for every 16,384 characters, a "
+            ".jsonl file one a line), or ask for fewer parts"
         )
     bounds = [0]
     for k, fraction in enumerate(fractions):
