@@ -20,7 +20,10 @@ from vocab_cases import (
 )
 
 from megatron_edu.comm import Ledger
-from megatron_edu.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron_edu.tensor_parallel.cross_entropy import (
+    vocab_parallel_argmax,
+    vocab_parallel_cross_entropy,
+)
 
 widths = pytest.mark.parametrize("tp", SIZES)
 
@@ -339,3 +342,79 @@ def test_a_group_of_one_makes_no_collective(ranks, device):
     ((losses, count),) = ranks(1)(group_of_one, device, logits, targets)
     close(losses, reference(logits, targets, upstream)[0])
     assert count == 0
+
+
+# --------------------------------------------------------------------------- the likeliest word
+
+
+def likeliest(tp, device, logits, vocab_size=VOCAB):
+    "The ids, whether this rank's logits are intact, and what was communicated."
+    local = logits.chunk(tp, -1)[rank_of(tp)].to(device)
+    before = local.clone()
+    with Ledger() as ledger:
+        ids = vocab_parallel_argmax(local, group=group_of(tp), vocab_size=vocab_size)
+    return ids.cpu(), torch.allclose(local, before, rtol=0, atol=0, equal_nan=True), ledger.records
+
+
+def tied():
+    "Whole numbers from 0 to 2: on every rank many columns share the largest."
+    return integers(3, 40, PADDED, seed=4).double()
+
+
+ROWS = {
+    "random": lambda: normal(3, 11, PADDED, seed=1),
+    "ties": tied,
+    "ties in bf16": lambda: normal(200, PADDED, seed=1).bfloat16(),
+    "huge padding": lambda: padding_of(1e30)[0],
+    "NaN padding": lambda: padding_of(torch.nan)[0],
+    "all equal": lambda: torch.full((2, PADDED), -3.0),
+    "all minus infinity": lambda: torch.full((2, PADDED), -torch.inf),
+    "largest is the last word": lambda: normal(5, PADDED).index_fill(-1, torch.tensor([100]), 9.0),
+    "no row": lambda: normal(2, 0, PADDED),
+    "a single row": lambda: normal(PADDED),
+    "a slice of more": lambda: normal(6, 2 * PADDED)[::2, :PADDED],
+}
+
+
+@widths
+@pytest.mark.parametrize("case", ROWS)
+def test_the_likeliest_word_is_that_of_one_device(ranks, device, tp, case):
+    logits = ROWS[case]()
+    ids, intact, _ = zip(*ranks(tp)(likeliest, tp, device, logits), strict=True)
+    assert_equal_everywhere(ids)
+    assert ids[0].dtype == torch.int64 and torch.equal(ids[0], logits[..., :VOCAB].argmax(-1))
+    assert all(intact)
+
+
+@widths
+def test_the_likeliest_of_equals_is_the_lowest(ranks, device, tp):
+    logits = tied()
+    lowest = [min(j for j in range(VOCAB) if row[j] == row[:VOCAB].max()) for row in logits]
+    for ids, _, _ in ranks(tp)(likeliest, tp, device, logits):
+        assert ids.tolist() == lowest
+
+
+@widths
+def test_without_vocab_size_padding_may_be_likeliest(ranks, device, tp):
+    logits = padding_of(1e30)[0]
+    for ids, _, _ in ranks(tp)(likeliest, tp, device, logits, None):
+        assert torch.equal(ids, torch.full_like(ids, VOCAB))
+
+
+@widths
+def test_the_likeliest_word_takes_two_numbers_a_row_and_rank(ranks, device, tp):
+    for _, _, records in ranks(tp)(likeliest, tp, device, normal(3, 11, PADDED)):
+        sent = [(record.op, record.elements) for record in records]
+        assert sent == ([] if tp == 1 else [("all_gather", tp * 2 * 3 * 11)])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("vocab_size", [0, PADDED + 1])
+def test_the_likeliest_word_of_no_vocabulary(ranks, device, tp, vocab_size):
+    def said():
+        local = normal(3, PADDED).chunk(tp, -1)[rank_of(tp)]
+        options = {"group": group_of(tp), "vocab_size": vocab_size}
+        return message(vocab_parallel_argmax, local, **options)
+
+    for each in ranks(tp)(said):
+        assert f"vocab_size={vocab_size} is not from 1 to {PADDED}" in each

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from megatron_edu.comm import Ledger
+from megatron_edu.config import BertConfig, GPT2Config
 from megatron_edu.data.gpt2 import GPT2Samples
-from megatron_edu.data.sampler import BatchSampler, Field, broadcast_batch
+from megatron_edu.data.sampler import BatchSampler, Field, batch_fields, broadcast_batch
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.ranks import RankError
@@ -199,3 +200,75 @@ def test_one_rank_makes_no_message():
         batch = broadcast_batch(good_batch(), None, token_fields())
     assert ledger.count() == 0
     assert torch.equal(batch["input_ids"], good_batch()["input_ids"])
+
+
+BERT = BertConfig(1, 8, 2, vocab_size=10, max_seq_len=4, num_token_types=3)
+
+
+def bert_batch() -> dict[str, torch.Tensor]:
+    "Two rows, each tensor with the largest number that it may hold."
+    ids = torch.tensor([[2, 9, 0, 3], [2, 4, 3, 1]])
+    return {
+        "input_ids": ids,
+        "labels": torch.tensor([[-100, 9, -100, -100], [-100, -100, 0, -100]]),
+        "token_types": torch.tensor([[0, 0, 1, 2], [0, 1, 1, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "sentence_order": torch.tensor([1, 0]),
+    }
+
+
+def feed_bert(dims, device):
+    "The batch on this rank, and what was sent for it."
+    groups = dims.build(device)
+    mine = bert_batch() if groups.tp_rank == 0 else None
+    with Ledger() as ledger:
+        batch = broadcast_batch(mine, groups.tp_group, batch_fields(BERT, 2), device)
+    sent = [(record.op, record.axis, record.elements) for record in ledger.records]
+    return {name: tensor.cpu() for name, tensor in batch.items()}, sent
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1), (4, 1), (2, 2)])
+def test_the_five_tensors_of_a_bert_arrive_in_one_broadcast(ranks, device, tp, dp):
+    for batch, sent in ranks(tp * dp)(feed_bert, ParallelDims(tp=tp, dp=dp), device):
+        assert list(batch) == list(bert_batch())
+        assert all(torch.equal(batch[name], want) for name, want in bert_batch().items())
+        assert sent == ([] if tp == 1 else [("broadcast", "tp", 4 * 2 * 4 + 2)])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "largest"),
+    [
+        ("input_ids", 10, 9),
+        ("input_ids", -100, 9),
+        ("labels", 10, 9),
+        ("labels", -1, 9),
+        ("token_types", 3, 2),
+        ("token_types", -100, 2),
+        ("attention_mask", 2, 1),
+        ("sentence_order", 2, 1),
+        ("sentence_order", -100, 1),
+    ],
+)
+def test_numbers_that_a_bert_does_not_know_are_refused(name, value, largest):
+    batch = bert_batch()
+    batch[name].view(-1)[-1] = value
+    message = f"{name} holds {value}; this model knows 0 to {largest}; use the tokenizer"
+    with pytest.raises(ValueError, match=message):
+        broadcast_batch(batch, None, batch_fields(BERT, 2))
+
+
+@pytest.mark.parametrize("name", list(bert_batch()))
+def test_each_tensor_has_its_shape(name):
+    batch = bert_batch()
+    batch[name] = batch[name][:1]
+    with pytest.raises(ValueError, match=f"{name} of shape .1,.*; a batch of this step has .2,"):
+        broadcast_batch(batch, None, batch_fields(BERT, 2))
+
+
+def test_the_samples_of_another_kind_are_refused():
+    gpt2 = GPT2Config(1, 8, 2, vocab_size=10, max_seq_len=4)
+    with pytest.raises(ValueError, match="a batch of input_ids, labels; .* takes .*sentence_order"):
+        broadcast_batch(good_batch(), None, batch_fields(BERT, 2))
+    with pytest.raises(ValueError, match="takes input_ids, labels; use the samples of its kind"):
+        broadcast_batch(bert_batch(), None, batch_fields(gpt2, 2))
+    assert batch_fields(gpt2, 2) == token_fields()

@@ -8,8 +8,9 @@ import torch
 import transformers
 from gpt2_cases import config
 
+from megatron_edu import reference
 from megatron_edu.interop import load_huggingface, save_huggingface
-from megatron_edu.interop.huggingface import names, read_config
+from megatron_edu.interop.huggingface_gpt2 import names, read_config
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models.gpt2 import GPT2
 from megatron_edu.tensor_parallel.shard import gather_state_dict
@@ -177,7 +178,7 @@ def changed(folder, tmp_path, **fields):
     ("fields", "words"),
     [
         ({"model_type": "llama"}, "model_type 'llama'; only 'gpt2'"),
-        ({"activation_function": "relu"}, "activation_function 'relu' is not known"),
+        ({"activation_function": "relu"}, "activation_function is 'relu', .* it is 'gelu_new' or"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn is True"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
@@ -195,6 +196,11 @@ def test_another_kind_of_model_is_refused(folder, tmp_path, fields, words):
 def test_sizes_that_do_not_fit_the_weights_are_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="wpe.weight"):
         load_huggingface(changed(folder, tmp_path, n_positions=32))
+
+
+def test_a_vocabulary_that_does_not_fit_the_weights_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="weights know 101 tokens, .* says vocab_size 103; use"):
+        load_huggingface(changed(folder, tmp_path, vocab_size=103))
 
 
 def test_pickled_weights_are_not_opened(folder, tmp_path):
@@ -228,6 +234,20 @@ def test_an_index_leads_to_no_file_outside_its_folder(folder, tmp_path):
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match="no readable model.safetensors"):
         load_huggingface(copy)
+
+
+def test_dropouts_that_differ_become_one_with_a_warning(folder, tmp_path):
+    copy = changed(folder, tmp_path, attn_pdrop=0.3, resid_pdrop=0.2)
+    words = "resid_pdrop 0.2, embd_pdrop 0.1, attn_pdrop 0.3; .* becomes 0.2"
+    with pytest.warns(UserWarning, match=words):
+        assert load_huggingface(copy).config.dropout == 0.2
+
+
+@pytest.mark.parametrize("kind", [reference.GPT2, torch.nn.Identity])
+def test_what_is_no_model_of_ours_is_not_written(tmp_path, kind):
+    with pytest.raises(ValueError, match=f"{kind.__name__} cannot be written; pass a GPT2 or"):
+        save_huggingface(kind(config()), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path):

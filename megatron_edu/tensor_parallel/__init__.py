@@ -6,10 +6,13 @@
 __all__ = ['ColumnParallelLinear', 'RowParallelLinear', 'Shard', 'VocabParallelEmbedding', 'clip_grad_norm', 'copy_to_tp',
            'gather_from_tp', 'gather_state_dict', 'grad_norm', 'linear_cross_entropy', 'reduce_from_tp',
            'scatter_to_tp', 'seed_replica', 'shard_rules', 'shard_state_dict', 'sharded_randomness',
-           'vocab_parallel_cross_entropy']
+           'vocab_parallel_argmax', 'vocab_parallel_cross_entropy']
 
 # %% ../../nbs/3_layers/00_layers.ipynb #f1cfbc6b
-from .cross_entropy import vocab_parallel_cross_entropy
+from megatron_edu.tensor_parallel.cross_entropy import (
+    vocab_parallel_argmax,
+    vocab_parallel_cross_entropy,
+)
 from .embedding import VocabParallelEmbedding
 from .fused_loss import linear_cross_entropy
 from .linear import ColumnParallelLinear, RowParallelLinear
@@ -34,5 +37,5 @@ _all_ = [
     "linear_cross_entropy",
     "reduce_from_tp", "scatter_to_tp", "seed_replica", "shard_rules", "shard_state_dict",
     "sharded_randomness",
-    "vocab_parallel_cross_entropy",
+    "vocab_parallel_argmax", "vocab_parallel_cross_entropy",
 ]
