@@ -48,11 +48,12 @@ class Attention(nn.Module):
         heads = (-1, self.config.head_size)
         q, k, v = self.qkv(x).chunk(3, dim=-1)                      # (b, s, h/tp) each
         q, k, v = (t.unflatten(-1, heads).transpose(1, 2) for t in (q, k, v))   # (b, n/tp, s, d)
-        p, causal = self.config.dropout if self.training else 0.0, self.config.causal
+        p = self.config.dropout if self.training else 0.0
+        causal = self.config.causal
         if p == 0:
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         else:
             with sharded_randomness(self.group):
-                y = F.scaled_dot_product_attention(q, k, v, mask, p, causal)
+                y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=p, is_causal=causal)
         y = self.proj(y.transpose(1, 2).flatten(2))                 # (b, s, h)
         return F.dropout(y, self.config.dropout, self.training)
