@@ -247,6 +247,7 @@ def test_numbers_at_the_edge_are_good(changes):
         ("min_lr", 2e-4, "from 0 to lr=0.00015"),
         ("min_lr", math.nan, "from 0 to lr=0.00015"),
         ("warmup_steps", -1, "0 or more"),
+        ("decay", "cosin", "'cosine' (GPT-2) or 'linear' (BERT)"),
         ("weight_decay", -0.01, "0 or more"),
         ("weight_decay", math.nan, "0 or more"),
         ("weight_decay", math.inf, "0 or more"),
@@ -264,7 +265,7 @@ def test_numbers_at_the_edge_are_good(changes):
 def test_bad_numbers(name, value, rule):
     with pytest.raises(ValueError) as error:
         OptimizerConfig(**{name: value})
-    assert f"{name}={value}: must be" in str(error.value) and rule in str(error.value)
+    assert f"{name}={value!r}: must be" in str(error.value) and rule in str(error.value)
 
 
 def test_clip_inf_never_clips():

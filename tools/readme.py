@@ -27,6 +27,7 @@ def render(root: Path = ROOT) -> dict[str, bytes]:  # path below root -> what be
             cell.source = ""
         else:
             cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M).strip()
+    notebook.metadata.language_info = {"name": "python"}     # for the colours of the code
     resources = {"unique_key": "index-output", "output_files_dir": PICTURES}
     text, resources = MarkdownExporter().from_notebook_node(notebook, resources)
     text = re.sub(r"^```python\n\s*```\n", "", text, flags=re.M)  # cells without code

@@ -30,10 +30,9 @@ class _LossesOf(nn.Module):
 class DataParallel:
     """A model whose gradients are averaged over replicas in the backward pass, by PyTorch's DDP.
 
-    The average is the gradient of the global batch when every replica passes to `losses` as
-    `num_tokens` the counted tokens of the global batch / replicas, and its rows / replicas as
-    `num_samples` where they are counted. All begin with the weights of the first replica. Without
-    a group, or with one rank in it, this is the model alone.
+    The average is the gradient of the global batch when every replica passes to `losses` the
+    counts of the global batch / replicas, as `num_tokens` and, for a BERT, `num_samples`. All begin
+    with the weights of the first replica. Without a group, or with one rank, it is the model alone.
     """
 
     def __init__(
@@ -55,10 +54,9 @@ class DataParallel:
         if self._ddp is None:
             return self.module.losses(*batch, **options)
         losses = self._ddp(*batch, **options)
-        for loss in losses.values():
-            if loss.requires_grad:
-                # The averages are DDP's work: the loss keeps it, if nobody else does.
-                loss.register_hook(lambda grad, ddp=self._ddp: None)
+        for loss in filter(lambda loss: loss.requires_grad, losses.values()):
+            # The averages are DDP's work: the loss keeps it, if nobody else does.
+            loss.register_hook(lambda grad, ddp=self._ddp: None)
         return losses
 
     def loss(self, *batch, **options) -> torch.Tensor:
