@@ -38,8 +38,13 @@ def visible(text: str) -> str:
         ("It was kind of Mr.\nSmith to come. He left.",
          ["It was kind of Mr.\nSmith to come.", "He left."]),
         ("He cried.\r\nYes.\r\n\r\nNo.", ["He cried.", "Yes.", "No."]),
-        ('He said, "I go.\nShe stayed.\nWe ate. We slept.',
-         ['He said, "I go.', "She stayed.", "We ate.", "We slept."]),
+        ("He said, 'I go.\"\nShe stayed. We ate.\nThey said, 'No.' We slept.",
+         ["He said, 'I go.\"", "She stayed.", "We ate.", "They said, 'No.'", "We slept."]),
+        ("He said, 'I go.\"\r\nShe stayed.\r\nThey said, 'No.' We slept.",
+         ["He said, 'I go.\"", "She stayed.", "They said, 'No.'", "We slept."]),
+        ("A heading\n \nA paragraph. And", ["A heading", "A paragraph.", "And"]),
+        ("So did Capt. Fox, Messrs. Ox and Mr. Smith. Yes.",
+         ["So did Capt. Fox, Messrs. Ox and Mr. Smith.", "Yes."]),
         (" \n\n \t\n", []),
         ("", []),
     ],
@@ -89,11 +94,12 @@ def test_a_cut_document_spoils_one_sentence_a_cut(tmp_path):
 @pytest.mark.parametrize("unit", ["word ", "word\n", "x", 'He said "no. ', "Mr. ", "(a. B ", ".\n"])
 def test_long_texts_take_time_in_proportion(unit):
     def seconds(count: int) -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         found = list(sentences(unit * count))
+        taken = time.process_time() - start
         assert max(map(len, found)) <= MAX_CHARS
         assert visible("".join(found)) == visible(unit * count)
-        return time.perf_counter() - start
+        return taken
 
     count = 200_000 // len(unit)
     short = min(seconds(count) for _ in range(3))
@@ -125,7 +131,7 @@ def test_an_empty_corpus_leaves_nothing(wordpiece, tmp_path):
 def test_documents_are_read_in_a_stream(wordpiece, tmp_path):
     def peak(count: int) -> int:
         tracemalloc.start()
-        sentences_to_file((text for _ in range(count)), wordpiece, tmp_path / "x")
+        sentences_to_file((f"{i} {text}" for i in range(count)), wordpiece, tmp_path / "x")
         memory = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return memory
@@ -136,7 +142,7 @@ def test_documents_are_read_in_a_stream(wordpiece, tmp_path):
 
 def test_sentences_of_novels(data_folder, tmp_path):
     wordpiece = load_wordpiece(data_folder / "tokenizers")
-    names = ["kipling_kim_1901", "dickens_oliver_1839", "burnett_garden_1911", "hardy_tess_1891"]
+    names = ["kipling_kim_1901", "dickens_oliver_1839", "burnett_garden_1911", "conrad_nostromo_1904"]
     folder = data_folder / "novels"
     documents = list(read_documents([folder / f"{name}.txt" for name in names]))
     found = [list(sentences(text)) for text in documents]

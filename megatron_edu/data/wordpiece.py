@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from .tokenizer import Codec, checked, readable
 
-# %% ../../nbs/5_data/06_wordpiece.ipynb #8da8e6a0
+# %% ../../nbs/5_data/06_wordpiece.ipynb #1daa4b3b
 SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 CONTINUES = "##"        # before a piece that goes on with a word
 
@@ -75,8 +75,8 @@ def count_words(
 
 
 def repeated(words: Counter) -> Iterator[str]:
-    "A text with the same counts, whose order depends on nothing else."
-    for word, count in sorted(words.items()):
+    "A text with the same words, each as often, for the library to count again."
+    for word, count in words.items():
         yield f"{word} " * count
 
 # %% ../../nbs/5_data/06_wordpiece.ipynb #2c7ec8dc
