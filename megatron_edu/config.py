@@ -152,7 +152,9 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt2-8.3b": _gpt2(72, 3072, 32),
     "gpt2-8.3b-24-heads": _gpt2(72, 3072, 24),
     "bert-tiny": BertConfig(2, 64, 4, vocab_size=512, max_seq_len=64, vocab_multiple=128),
-    "bert-laptop": BertConfig(6, 192, 4, vocab_size=4096, max_seq_len=128, dropout=0.0),
+    "bert-laptop": BertConfig(
+        4, 128, 4, vocab_size=4096, max_seq_len=64, dropout=0.0, init_std=0.06
+    ),
     "bert-336m": _bert(24, 1024, 16),
     "bert-1.3b": _bert(24, 2048, 32),
     "bert-3.9b": _bert(48, 2560, 40),

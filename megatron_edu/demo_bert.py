@@ -17,6 +17,7 @@ from .data.gpt2 import split_documents
 from .data.token_file import TokenFile
 from .data.wordpiece import WordPiece
 from megatron_edu.demo import (
+    STEPS,
     DemoConfig,
     Row,
     compare_on_ranks,
@@ -31,7 +32,7 @@ from .training.journal import read_metrics, validation_losses
 from .training.step import Batch
 
 # %% ../nbs/7_using/02_demo_bert.ipynb #c0d4b24e
-BERT_DEMO = DemoConfig(Path("runs/demo-bert"), steps=1000, model="bert")
+BERT_DEMO = DemoConfig(Path("runs/demo-bert"), steps=STEPS["bert"], model="bert")
 
 # %% ../nbs/7_using/02_demo_bert.ipynb #06402b99
 @torch.no_grad()

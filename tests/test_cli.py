@@ -12,7 +12,7 @@ import transformers
 import tyro
 from gpt2_cases import config
 
-from megatron_edu import cli
+from megatron_edu import cli, cli_train
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.ranks import RankError
@@ -104,7 +104,7 @@ def test_help_explains_every_option(capsys, verb):
 
 def test_help_of_train_offers_every_field(capsys):
     text = help_of(capsys, "train")
-    config = cli.preset_arguments("tiny").config
+    config = cli_train.preset_arguments("tiny").config
     for part in (config.model, config.run, config.optimizer, config.parallel):
         for field in dataclasses.fields(part):
             assert f"--{field.name.replace('_', '-')}" in text
@@ -179,7 +179,7 @@ def test_a_vocabulary_without_a_tokenizer_is_the_presets(tmp_path, corpus):
 
 
 def test_presets_decide_the_other_defaults():
-    tiny, paper = cli.preset_arguments("tiny").config, cli.preset_arguments("gpt2-355m").config
+    tiny, paper = cli_train.preset_arguments("tiny").config, cli_train.preset_arguments("gpt2-355m").config
     assert tiny.model.num_layers == 2 and tiny.run.steps == 400 and tiny.run.batch_size == 16
     assert tiny.run.eval_every == tiny.run.save_every == 100
     recipe = tiny.optimizer
@@ -191,7 +191,7 @@ def test_presets_decide_the_other_defaults():
 def arguments(*options):
     "What `train` is told, as far as it looks for tokens."
     return tyro.cli(
-        cli.TrainArguments, args=list(map(str, options)), default=cli.preset_arguments("tiny"),
+        cli_train.TrainArguments, args=list(map(str, options)), default=cli_train.preset_arguments("tiny"),
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
@@ -203,12 +203,13 @@ def test_a_preset_may_be_given_in_one_word(capsys):
 
 def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "prepare", lambda *args: seen.append(args))
+    monkeypatch.setattr(cli_train, "prepare", lambda *args: seen.append(args))
     texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", tmp_path / "t"
     options = "--data", *texts, "--out", out, "--vocab-size", 400, "--text-field", "body"
-    cli.find_tokens(arguments(*options), False)
-    cli.find_tokens(arguments(*options, "--tokenizer", given), False)
-    assert seen == [(texts, out, None, 400, "body"), (texts, out, given, 400, "body")]
+    cli_train.find_tokens(arguments(*options), False)
+    cli_train.find_tokens(arguments(*options, "--tokenizer", given), False)
+    rest = 400, "body", "gpt2"
+    assert seen == [(texts, out, None, *rest), (texts, out, given, *rest)]
 
 
 def test_text_is_tokenized_once_a_run(corpus, tmp_path):
@@ -217,9 +218,9 @@ def test_text_is_tokenized_once_a_run(corpus, tmp_path):
     other = corpus / "ready"
     for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
         shutil.copy(other / name, tmp_path)
-    kept, path = cli.find_tokens(options, True)
+    kept, path = cli_train.find_tokens(options, True)
     assert len(kept) == len(TokenFile(other / "tokens")) and path == tmp_path / "tokenizer.json"
-    written, _ = cli.find_tokens(options, False)
+    written, _ = cli_train.find_tokens(options, False)
     assert len(written) != len(kept)
 
 
@@ -241,7 +242,10 @@ def test_a_run_that_exists_is_not_overwritten(corpus, run, capsys):
 
 @pytest.fixture
 def no_ranks(monkeypatch):
-    monkeypatch.setattr(cli, "launch", lambda *args, **kwargs: pytest.fail("ranks were started"))
+    for module in (cli, cli_train):
+        monkeypatch.setattr(
+            module, "launch", lambda *args, **kwargs: pytest.fail("ranks were started")
+        )
 
 
 @pytest.mark.usefixtures("no_ranks")
@@ -442,7 +446,7 @@ def test_generate_refuses(run, tmp_path, capsys):
     assert "tokens=0: must be at least 1" in refusal(capsys, "generate", run, "--tokens", 0)
     assert "top_p=2.0" in refusal(capsys, "generate", run, "--top-p", 2)
     shutil.copy(run / "tokenizer.json", tmp_path)
-    assert "config.json cannot be read" in refusal(capsys, "generate", tmp_path)
+    assert "config.json cannot be read as a checkpoint" in refusal(capsys, "generate", tmp_path)
 
 
 @pytest.mark.usefixtures("no_ranks")
@@ -478,7 +482,8 @@ def test_heads_feed_forward_and_padded_vocabulary_decide_the_ranks(sizes, fit):
 def test_generate_refuses_a_model_of_another_library(run, tmp_path, capsys):
     cli.main(f"convert --from {run} --to {tmp_path / 'theirs'}".split())
     text = refusal(capsys, "generate", tmp_path / "theirs", "--tp", 2)
-    assert "config.json cannot be read (KeyError('model'))" in text and "convert the model" in text
+    assert "config.json describes no gpt2 and no bert (KeyError('model'))" in text
+    assert "convert" in text
 
 
 def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):

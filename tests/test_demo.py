@@ -7,7 +7,6 @@ import torch
 from gpt2_cases import config
 
 import megatron_edu.demo
-from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.tokenizer import train_tokenizer
 from megatron_edu.demo import (
     PROMPTS,
@@ -18,6 +17,7 @@ from megatron_edu.demo import (
     demo,
     demo_plan,
     equivalence_table,
+    first_tokens,
     sample,
 )
 from megatron_edu.generate import SamplingConfig
@@ -43,16 +43,11 @@ def made(tmp_path_factory):
     return save_checkpoint(folder, 0, model), tokens, tokenizer
 
 
-def batch(tokens: TokenFile):
-    rows = torch.from_numpy(tokens.read(0, 130).astype("int64")).view(2, 65)
-    return rows[:, :-1], rows[:, 1:]
-
-
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_a_split_agrees_with_the_reference(ranks, made, tp):
     folder, tokens, _ = made
-    rows = ranks(tp)(compare_split, tp, folder, *batch(tokens))
-    wanted = load_model(folder).double().eval().loss(*batch(tokens)).item()
+    rows = ranks(tp)(compare_split, tp, folder, first_tokens(tokens))
+    wanted = load_model(folder).double().eval().loss(**first_tokens(tokens)).item()
     for row in rows:
         assert row.tp == tp and row.report.passed
         assert row.loss == pytest.approx(wanted, abs=1e-10)
@@ -61,9 +56,9 @@ def test_a_split_agrees_with_the_reference(ranks, made, tp):
 
 def test_the_table_has_a_line_a_split(made):
     folder, tokens, _ = made
-    rows = compare_splits(folder, tokens, (1, 2))
+    rows = compare_splits(folder, first_tokens(tokens), (1, 2))
     assert [row.tp for row in rows] == [1, 2]
-    wanted = load_model(folder).double().eval().loss(*batch(tokens)).item()
+    wanted = load_model(folder).double().eval().loss(**first_tokens(tokens)).item()
     assert [row.loss for row in rows] == pytest.approx([wanted, wanted], abs=1e-10)
     lines = equivalence_table(rows).splitlines()
     assert len(lines) == 4 and [line.split()[0] for line in lines[2:]] == ["1", "2"]
