@@ -1,5 +1,6 @@
 """MLP, attention and block alone: their results and every gradient, on up to eight ranks."""
 
+import bert_cases
 import pytest
 import torch
 from gpt2_cases import config, groups, shake
@@ -7,8 +8,10 @@ from gpt2_cases import config, groups, shake
 from megatron_edu.comm import all_gather
 from megatron_edu.config import GPT2Config
 from megatron_edu.models.attention import Attention
+from megatron_edu.models.bert import PostNormBlock
 from megatron_edu.models.block import Block
 from megatron_edu.models.mlp import MLP
+from megatron_edu.reference import bert as plain_bert
 from megatron_edu.reference import gpt2 as plain
 from megatron_edu.tensor_parallel.random import seed_replica
 from megatron_edu.tensor_parallel.shard import gather_tensors, shard_state_dict
@@ -20,9 +23,16 @@ PAIRS = {
 }
 
 
+MASKED = {
+    "attention": (Attention, plain.Attention),
+    "block": (Block, plain.Block),
+    "post-LN block": (PostNormBlock, plain_bert.PostNormBlock),
+}
+
+
 def modules(kind, config, group, device):
     "The sharded module and its twin, with the same shaken weights, in float64."
-    sharded, unsharded = PAIRS[kind]
+    sharded, unsharded = (PAIRS | MASKED)[kind]
     torch.manual_seed(0)
     twin = unsharded(config).to(device, torch.float64)
     shake(twin)
@@ -39,21 +49,21 @@ def inputs(config, device, rows=3, length=5):
     return x.transpose(0, 1).requires_grad_(), grad.transpose(0, 1)
 
 
-def run(module, x, grad):
+def run(module, x, grad, *mask):
     "Result, gradient of x and gradients of the parameters."
     x = x.detach().requires_grad_()
-    y = module(x)
+    y = module(x, *mask)
     y.backward(grad)
     return y.detach(), x.grad, {name: p.grad for name, p in module.named_parameters()}
 
 
-def largest_errors(kind, tp, config, device):
+def largest_errors(kind, tp, config, device, *mask):
     "Of the result, of the gradient of x, and of each parameter's gradient."
     module, twin = modules(kind, config, groups(tp, 1, device).tp_group, device)
     x, grad = inputs(config, device)
     before = x.detach().clone()
-    y, x_grad, gradients = run(module, x, grad)
-    want_y, want_x_grad, want = run(twin, x, grad)
+    y, x_grad, gradients = run(module, x, grad, *mask)
+    want_y, want_x_grad, want = run(twin, x, grad, *mask)
     assert torch.equal(x.detach(), before), "the caller's input was overwritten"
     full = gather_tensors(gradients, module)
     errors = {name: (full[name] - g).abs().max().item() for name, g in want.items()}
@@ -101,6 +111,41 @@ def test_exact_and_tanh_gelu_differ():
     tanh, _ = modules("mlp", config(), None, "cpu")
     exact, _ = modules("mlp", config(gelu="exact"), None, "cpu")
     assert 1e-6 < (tanh(x) - exact(x)).abs().max() < 1e-1
+
+
+# ------------------------------------------------------------------------------- masks
+
+
+def masked_errors(kind, tp, device):
+    "As `largest_errors`, without causality, for rows of 5, 3 and no real positions."
+    real = torch.arange(5) < torch.tensor([[5], [3], [0]])
+    mask = plain_bert.visible(real.long().to(device))
+    return largest_errors(kind, tp, bert_cases.config(), device, mask)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("kind", MASKED)
+def test_with_a_mask_it_equals_its_twin(ranks, device, kind, tp):
+    for errors in ranks(tp)(masked_errors, kind, tp, device):
+        assert max(errors.values()) < 1e-10, errors
+        assert len(errors) == (6 if kind == "attention" else 14)
+
+
+def seen_positions(kind, tp, device):
+    "From which positions a gradient comes to the second one of each row, (b, s)."
+    module, _ = modules(kind, bert_cases.config(), groups(tp, 1, device).tp_group, device)
+    x, _ = inputs(bert_cases.config(), device)
+    x = x.detach().requires_grad_()
+    real = torch.arange(5) < torch.tensor([[5], [3], [0]])
+    module(x, plain_bert.visible(real.long().to(device)))[:, 1].sum().backward()
+    return (x.grad.abs().amax(-1) > 0).tolist()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("kind", ["attention", "block"])
+def test_positions_see_both_sides_and_no_padding(ranks, device, kind, tp):
+    want = [[True] * 5, [True] * 3 + [False] * 2, [True] * 5]
+    assert ranks(tp)(seen_positions, kind, tp, device) == [want] * tp
 
 
 # ------------------------------------------------------------------------------- heads

@@ -3,6 +3,7 @@
 import math
 import re
 
+import bert_cases
 import pytest
 import torch
 import torch.distributed as dist
@@ -251,6 +252,27 @@ def test_rows_that_do_not_divide(ranks, device, dp):
         assert message == (
             "a batch of 3 rows does not divide among 2 replicas; pass a multiple of 2 rows"
         )
+
+
+def further_rows(dp, device):
+    "Whether BERT passes with its further tensors; what is said of one with too few rows."
+    mine = groups(1, dp, device)
+    model, full = bert_cases.pair(bert_cases.config(), mine.tp_group, device=device)
+    replica = DataParallel(model, mine.dp_group)
+    data = bert_cases.batch(bert_cases.config(), device=device)
+    report = compare_with_reference(replica, full, **data, dp_group=mine.dp_group)
+    short = data | {"sentence_order": data["sentence_order"][:3]}
+    try:
+        compare_with_reference(replica, full, **short, dp_group=mine.dp_group)
+    except ValueError as error:
+        return report.red, str(error)
+
+
+@pytest.mark.parametrize("dp", [2])
+def test_further_tensors_are_cut_and_passed_on(ranks, device, dp):
+    for red, message in ranks(dp)(further_rows, dp, device):
+        assert red == []
+        assert "3 rows does not divide among 2 replicas" in message
 
 
 def other_weights(tp, device):

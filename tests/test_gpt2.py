@@ -247,6 +247,15 @@ def test_local_logits_and_their_loss(ranks, device, tp):
         assert gradient_error < 1e-10
 
 
+def test_the_loss_is_the_sum_of_named_losses():
+    model, full = pair(config())
+    data = batch(config())
+    losses = model.losses(*data, num_tokens=7)
+    assert list(losses) == ["lm"]
+    assert losses["lm"] == model.loss(*data, num_tokens=7) != model.loss(*data)
+    torch.testing.assert_close(losses["lm"], full.loss(*data, num_tokens=7), rtol=0, atol=1e-10)
+
+
 # ------------------------------------------------------------------------------- dropout
 
 
