@@ -94,7 +94,7 @@ def riddles(
     documents: range,           # of the token file
     count: int = 3,
 ) -> list[tuple[str, str]]:     # a sentence with a [MASK], and what was there
-    "Plain sentences, evenly spaced over the documents; the longest word of each is hidden."
+    "Plain sentences, evenly spaced over the documents; the middle token of each is hidden."
     found = []
     first, stop = tokens.document_offsets[[documents.start, documents.stop]].tolist()
     for i in range(first, stop):
@@ -102,14 +102,13 @@ def riddles(
         if 8 <= len(words) <= 16 and all(word.isalpha() or word in ",." for word in words):
             found.append(words)
     chosen = [found[len(found) * (2 * k + 1) // (2 * count)] for k in range(count)] if found else []
-    return [_hide_longest(words) for words in chosen]
+    return [_hide_middle(words) for words in chosen]
 
 
-def _hide_longest(words: list[str]) -> tuple[str, str]:
-    "The words as a text with one of them hidden, and that one."
-    truth = max(words, key=len)
-    k = words.index(truth)
-    return " ".join([*words[:k], "[MASK]", *words[k + 1 :]]), truth
+def _hide_middle(words: list[str]) -> tuple[str, str]:
+    "The words as a text with the middle one hidden, and that one."
+    k = len(words) // 2
+    return " ".join([*words[:k], "[MASK]", *words[k + 1 :]]), words[k]
 
 # %% ../nbs/7_using/02_demo_bert.ipynb #5a8795dd
 def filled(

@@ -1,6 +1,7 @@
 "The command line, in this process where one rank is enough: what it does and how it refuses."
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -13,8 +14,11 @@ import tyro
 from gpt2_cases import config
 
 from megatron_edu import cli, cli_train
+from megatron_edu.config import PRESETS
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
+from megatron_edu.data.wordpiece import load_wordpiece
+from megatron_edu.models.bert import Bert
 from megatron_edu.ranks import RankError
 from megatron_edu.training.checkpoint import latest_checkpoint, load_model
 from megatron_edu.training.journal import read_metrics
@@ -76,7 +80,7 @@ def refusal(capsys, *args):
 
 def help_of(capsys, verb):
     with pytest.raises(SystemExit) as end:
-        cli.main([verb, "--help"])
+        cli.main([*verb.split(), "--help"])
     assert end.value.code == 0
     return capsys.readouterr().out
 
@@ -94,7 +98,10 @@ def explanations(text):
             yield name[1], re.sub(r"\((default|required).*", "", " ".join(said.split())).strip()
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+BERTS = "train --model bert", "train --preset bert-336m", "demo --model bert"
+
+
+@pytest.mark.parametrize("verb", [*cli.VERBS, *BERTS])
 def test_help_explains_every_option(capsys, verb):
     said = dict(explanations(help_of(capsys, verb)))
     assert said, verb
@@ -102,13 +109,44 @@ def test_help_explains_every_option(capsys, verb):
     assert not unexplained
 
 
-def test_help_of_train_offers_every_field(capsys):
-    text = help_of(capsys, "train")
-    config = cli_train.preset_arguments("tiny").config
+@pytest.mark.parametrize(
+    ("verb", "preset"), [("train", "tiny"), ("train --model bert", "bert-tiny")]
+)
+def test_help_of_train_offers_every_field(capsys, verb, preset):
+    text = help_of(capsys, verb)
+    config = cli_train.preset_arguments(preset).config
     for part in (config.model, config.run, config.optimizer, config.parallel):
         for field in dataclasses.fields(part):
             assert f"--{field.name.replace('_', '-')}" in text
     assert "--data" in text and "--tokenizer" in text and "--text-field" in text
+
+
+def default_of(text, option):
+    "What the help says an option is if it is not given."
+    flat = " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+    return re.search(rf"{option} .*?\(default: (.*?)\)", flat)[1]
+
+
+def test_help_shows_the_defaults_of_the_model(capsys):
+    gpt2, bert = help_of(capsys, "train"), help_of(capsys, "train --model bert")
+    paper = help_of(capsys, "train --preset bert-336m")
+    assert "--layer-norm {pre,post}" in bert and "--layer-norm" not in gpt2
+    assert "--num-token-types INT" in bert and "--num-token-types" not in gpt2
+    wanted = {"--model": "bert", "--preset": "bert-laptop", "--decay": "linear", "--gelu": "exact"}
+    assert {option: default_of(bert, option) for option in wanted} == wanted
+    wanted = {"--model": "gpt2", "--preset": "laptop", "--decay": "cosine", "--gelu": "tanh"}
+    assert {option: default_of(gpt2, option) for option in wanted} == wanted
+    wanted = {
+        "--preset": "bert-336m", "--lr": "0.0001", "--min-lr": "0.0", "--warmup-steps": "10000",
+        "--batch-size": "1024", "--steps": "2000000", "--num-layers": "24", "--vocab-size": "30522",
+    }
+    assert {option: default_of(paper, option) for option in wanted} == wanted
+
+
+def test_help_of_the_demo_shows_the_defaults_of_the_model(capsys):
+    for options, model, out in (("", "gpt2", "runs/demo"), (" --model bert", "bert", "runs/demo-bert")):
+        text = help_of(capsys, f"demo{options}")
+        assert default_of(text, "--model") == model and default_of(text, "--out") == out
 
 
 def test_without_a_verb_the_verbs_are_listed(capsys):
@@ -188,6 +226,38 @@ def test_presets_decide_the_other_defaults():
     assert paper.run.steps == 300_000 and paper.run.batch_size == 512
 
 
+@pytest.mark.parametrize(
+    ("line", "preset"),
+    [
+        ("", "laptop"),
+        ("--model gpt2", "laptop"),
+        ("--model bert", "bert-laptop"),
+        ("--model=bert", "bert-laptop"),
+        ("--preset bert-336m", "bert-336m"),
+        ("--preset=bert-tiny --model=bert", "bert-tiny"),
+        ("--model gpt2 --preset tiny", "tiny"),
+        ("--preset laptop --preset bert-1.3b", "bert-1.3b"),
+    ],
+)
+def test_model_and_preset_imply_each_other(line, preset):
+    assert cli_train.choose_preset(line.split()) == preset
+    kind = cli_train.preset_arguments(preset).model
+    assert kind == ("bert" if preset.startswith("bert") else "gpt2")
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("bert")])
+def test_a_preset_of_bert_brings_its_recipe(preset):
+    given = cli_train.preset_arguments(preset)
+    run, rates = given.config.run, given.config.optimizer
+    assert given.model == "bert" and given.config.model == PRESETS[preset]
+    assert rates.decay == "linear" and rates.min_lr == 0
+    if preset in ("bert-tiny", "bert-laptop"):
+        assert (run.steps, run.batch_size, rates.lr, rates.warmup_steps) == (2000, 16, 5e-4, 200)
+    else:
+        assert (run.steps, run.batch_size) == (2_000_000, 1024)
+        assert (rates.lr, rates.warmup_steps) == (1e-4, 10_000)
+
+
 def arguments(*options):
     "What `train` is told, as far as it looks for tokens."
     return tyro.cli(
@@ -259,6 +329,9 @@ def no_ranks(monkeypatch):
         (["--micro-batch", 3], "global_batch 4 does not divide into micro-batches of 3"),
         (["--tp", 0], "tp=0: an axis has at least 1 rank"),
         (["--preset", "huge"], "preset 'huge' is unknown; use one of tiny, laptop"),
+        (["--model", "t5"], "model 't5' is unknown; use one of gpt2, bert"),
+        (["--model", "bert"], "--model bert --preset tiny: .* is a gpt2; .* use one of bert-tiny,"),
+        (["--layer-norm", "post"], "--layer-norm"),
         (["--hidden-size", 66], "hidden_size=66 does not divide by num_heads=4"),
         (["--steps", 0], "steps=0: must be at least 1"),
         (["--lr", -1], "lr=-1.0: must be a number above 0"),
@@ -512,3 +585,209 @@ def test_convert_refuses(run, tmp_path, capsys):
         to = tmp_path / "x"
         text = refusal(capsys, "convert", "--from", absent, "--to", to, "--format", form)
         assert "cannot be read" in text and not (tmp_path / "x").exists()
+
+
+# ------------------------------------------------------------------------------------------ BERT
+
+SMALL_BERT = (
+    "--preset bert-tiny --batch-size 4 --eval-batches 1 --num-layers 1 --max-seq-len 16 --dropout 0"
+).split()
+
+
+def train_bert(data, out, steps=2, more=()):
+    words = "train", *SMALL_BERT, "--data", data, "--out", out, "--steps", steps, *more
+    cli.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def sentences(corpus):
+    "The corpus as BERT reads it."
+    source, out = str(corpus / "a.jsonl"), str(corpus / "sentences")
+    options = "--model bert --text-field body --vocab-size 60".split()
+    cli.main(["prepare", source, *options, "--out", out])
+    return corpus / "sentences"
+
+
+@pytest.fixture(scope="module")
+def bert_run(sentences, tmp_path_factory):
+    "Four steps of a BERT on one rank, with a checkpoint after each second one."
+    out = tmp_path_factory.mktemp("bert") / "whole"
+    train_bert(sentences, out, 4, ["--save-every", 2])
+    return out
+
+
+def test_prepare_for_bert_writes_sentences(corpus, tmp_path, capsys):
+    source, out = str(corpus / "a.jsonl"), str(tmp_path / "out")
+    cli.main(["prepare", source, "--model", "bert", "--text-field", "body", "--out", out])
+    tokens, pieces = TokenFile(tmp_path / "out" / "tokens"), load_wordpiece(tmp_path / "out")
+    assert pieces.decode(tokens[0].tolist()) == TEXT.strip().lower()
+    assert (len(tokens.document_offsets) - 1, len(tokens)) == (40, 400)
+    printed = capsys.readouterr().out
+    assert f"40 documents, 400 sentences, {tokens.num_tokens:,} tokens in" in printed
+
+
+def test_prepare_for_bert_with_a_vocabulary(corpus, sentences, tmp_path):
+    vocab = load_wordpiece(sentences).core.get_vocab()
+    given, out = tmp_path / "vocab.txt", tmp_path / "out"
+    given.write_text("".join(f"{token}\n" for token in sorted(vocab, key=vocab.get)))
+    words = "prepare", corpus / "a.jsonl", "--model", "bert", "--tokenizer", given, "--out", out
+    cli.main([str(word) for word in (*words, "--text-field", "body")])
+    assert load_wordpiece(out).core.get_vocab() == vocab
+    for kind in ("bin", "idx"):
+        assert (out / f"tokens.{kind}").read_bytes() == (sentences / f"tokens.{kind}").read_bytes()
+
+
+def test_a_bert_is_trained_with_ranks_and_writes_both_losses(sentences, bert_run, tmp_path, capfd):
+    train_bert(sentences, tmp_path / "run", 4, ["--save-every", 2, "--tp", 2])
+    assert losses(tmp_path / "run") == pytest.approx(losses(bert_run), abs=2e-5)
+    for run in (tmp_path / "run", bert_run):
+        lines, model = read_metrics(run), load_model(latest_checkpoint(run))
+        assert isinstance(model, Bert) and model.config.vocab_size == 60
+        for line in lines:
+            assert line["loss"] == pytest.approx(line["mlm_loss"] + line["sop_loss"], abs=1e-5)
+        assert "val_sop_accuracy_before" in lines[0] and "val_mlm_accuracy" in lines[-1]
+    printed = capfd.readouterr().out
+    assert "2 ranks (tp=2, dp=1), backend gloo" in printed and "accuracy: mlm" in printed
+
+
+@pytest.mark.parametrize("grid", [(2, 1), (1, 2)])
+def test_a_bert_goes_on_with_other_ranks(sentences, bert_run, tmp_path, grid):
+    copy = shutil.copytree(bert_run, tmp_path / "copy")
+    shutil.rmtree(copy / "step-00000004")
+    train_bert(sentences, copy, 4, ["--resume", "auto", "--tp", grid[0], "--dp", grid[1]])
+    assert losses(copy)[:2] == losses(bert_run)[:2]
+    assert losses(copy) == pytest.approx(losses(bert_run), abs=2e-5)
+
+
+def test_text_becomes_sentences_in_the_run_of_a_bert(corpus, tmp_path):
+    train_bert(corpus / "a.jsonl", tmp_path / "run", 1, ["--text-field", "body"])
+    tokens, pieces = TokenFile(tmp_path / "run" / "tokens"), load_wordpiece(tmp_path / "run")
+    assert len(tokens) == 400 and len(losses(tmp_path / "run")) == 1
+    config = load_model(latest_checkpoint(tmp_path / "run")).config
+    assert config.vocab_size == pieces.vocab_size
+    train_bert(corpus / "a.jsonl", tmp_path / "run", 2, ["--resume", "auto"])   # has its tokens
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_the_options_of_bert_reach_the_model(sentences, tmp_path, capsys):
+    more = ["--layer-norm", "post", "--num-token-types", 3, "--gelu", "tanh"]
+    train_bert(sentences, tmp_path / "run", 1, more)
+    config = load_model(latest_checkpoint(tmp_path / "run")).config
+    assert (config.layer_norm, config.num_token_types, config.gelu) == ("post", 3, "tanh")
+    assert "layer_norm=post" in capsys.readouterr().out
+
+
+def bare(sentences, folder):
+    "A token file of sentences without its tokenizer."
+    for kind in ("bin", "idx"):
+        shutil.copy(sentences / f"tokens.{kind}", folder / f"bare.{kind}")
+    return folder / "bare"
+
+
+def test_a_bare_token_file_takes_a_named_tokenizer(sentences, tmp_path):
+    named = ["--tokenizer", sentences / "tokenizer.json"]
+    train_bert(bare(sentences, tmp_path), tmp_path / "run", 1, named)
+    train_bert(sentences, tmp_path / "again", 1)
+    assert losses(tmp_path / "run") == losses(tmp_path / "again")
+    assert load_wordpiece(tmp_path / "run").vocab_size == 60
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_a_bare_token_file_needs_a_tokenizer(sentences, tmp_path, capsys):
+    data = bare(sentences, tmp_path)
+    text = refusal(capsys, "train", *SMALL_BERT, "--data", data, "--out", tmp_path / "run")
+    assert "bare: no tokenizer.json beside it" in text and "name that with --tokenizer" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--tp", 3], "num_heads=4 does not divide among 3"),
+        (["--dp", 3], "global_batch 4 does not divide .* on 3 data-parallel ranks"),
+        (["--tp", 2, "--vocab-multiple", 61], "padded_vocab_size=61 .* vocab_multiple"),
+        (["--max-seq-len", 4], "seq_len 4; 3 special tokens"),
+        (["--layer-norm", "both"], "--layer-norm"),
+        (["--num-token-types", 0], "num_token_types=0: must be a whole number, at least 1"),
+        (["--model", "gpt2"], "--model gpt2 --preset bert-tiny: .* is a bert"),
+        (["--validation", 0.0001], "documents cannot be split"),
+        (["--tokenizer", "absent.txt"], "absent.txt.* no tokenizer there.* vocab.txt"),
+    ],
+)
+def test_options_that_a_bert_cannot_have(sentences, tmp_path, capsys, options, words):
+    run = tmp_path / "run"
+    text = refusal(capsys, "train", *SMALL_BERT, "--data", sentences, "--out", run, *options)
+    assert re.search(words, " ".join(text.split())), text
+    assert not run.exists()
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_the_other_models_tokens_are_refused(corpus, sentences, tmp_path, capsys):
+    rest = "--out", tmp_path / "run", "--data"
+    text = refusal(capsys, "train", *SHORT, *rest, sentences)
+    assert "read as the tokenizer of a gpt2 (see --model)" in text
+    text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready")
+    assert "read as the tokenizer of a bert (see --model)" in text and "[MASK]" in text
+    pieces = "--tokenizer", sentences / "tokenizer.json"
+    text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready", *pieces)
+    assert "token id" in text or "two sentences" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_a_run_does_not_go_on_as_the_other_model(corpus, run, bert_run, capsys):
+    resume = "--resume", "auto", "--data", corpus / "ready", "--out"
+    text = refusal(capsys, "train", *SMALL_BERT, *resume, run)
+    assert "holds a run of a gpt2, which cannot go on as a bert; go on with --model gpt2" in text
+    text = refusal(capsys, "train", *SHORT, *resume, bert_run)
+    assert "holds a run of a bert, which cannot go on as a gpt2; go on with --model bert" in text
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_generate_refuses_a_bert_and_says_what_to_use(bert_run, capsys):
+    text = refusal(capsys, "generate", bert_run)
+    assert "has no next token; generate with a GPT-2, or ask" in text and "fill_mask" in text
+
+
+ORDERS = {"pre": "MegatronBertForPreTraining", "post": "BertForPreTraining"}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_convert_a_bert_both_ways_with_its_tokenizer(sentences, tmp_path, order):
+    run, there, back = (tmp_path / name for name in ("run", "there", "back"))
+    train_bert(sentences, run, 1, ["--layer-norm", order])
+    cli.main(f"convert --from {run} --to {there} --format huggingface".split())
+    cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
+    theirs = getattr(transformers, ORDERS[order]).from_pretrained(there)
+    assert theirs.config.vocab_size == 60
+    assert len({(folder / "tokenizer.json").read_bytes() for folder in (run, there, back)}) == 1
+    a, b = (load_model(latest_checkpoint(folder)) for folder in (run, back))
+    assert b.config.layer_norm == order
+    b = b.state_dict()
+    assert all(torch.equal(x[:60], b[name][:60]) for name, x in a.state_dict().items())
+
+
+def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):
+    there, back = tmp_path / "there", tmp_path / "back"
+    cli.main(f"convert --from {bert_run} --to {there}".split())
+    vocab = load_wordpiece(there).core.get_vocab()
+    (there / "tokenizer.json").unlink()
+    (there / "vocab.txt").write_text("".join(f"{token}\n" for token in sorted(vocab, key=vocab.get)))
+    cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
+    assert load_wordpiece(back).core.get_vocab() == vocab
+    (there / "vocab.txt").write_text("the\ncat\n")
+    options = "--to", tmp_path / "new", "--format", "megatron_edu"
+    text = refusal(capsys, "convert", "--from", there, *options)
+    assert "without [PAD]" in text and not (tmp_path / "new").exists()
+
+
+def test_the_demo_of_each_model_is_called(monkeypatch, tmp_path):
+    called = {}
+    for model, (_, default) in cli.DEMOS.items():
+        show = functools.partial(called.__setitem__, model)
+        monkeypatch.setitem(cli.DEMOS, model, (show, default))
+    cli.main(["demo", "--out", str(tmp_path), "--steps", "3"])
+    cli.main(["demo", "--model", "bert", "--tp", "4"])
+    assert (called["gpt2"].model, called["gpt2"].steps, called["gpt2"].out) == ("gpt2", 3, tmp_path)
+    assert (called["bert"].model, called["bert"].steps, called["bert"].tp) == ("bert", 2000, 4)

@@ -135,15 +135,15 @@ def test_texts_that_cannot_be_filled(made, text, count, words):
 # --------------------------------------------------------------------------------------- riddles
 
 
-def test_a_riddle_hides_the_longest_word_of_a_plain_sentence(made):
+def test_a_riddle_hides_the_middle_of_a_plain_sentence(made):
     _, tokens, tokenizer = made
     found = riddles(tokens, tokenizer, range(3))
-    assert found == [("the small cat sat on the mat and [MASK] at the moon .", "looked")] * 3
+    assert found == [("the small cat sat on the [MASK] and looked at the moon .", "mat")] * 3
     assert tokenizer.encode(found[0][0]).count(tokenizer.mask_id) == 1
 
 
 def test_riddles_come_from_the_given_documents_alone(tmp_path):
-    texts = [f"all {name} {name} went up to the {name}. " * 3 for name in ("cats", "dogs", "owls")]
+    texts = [f"all of the {name} {name} went up there. " * 3 for name in ("cats", "dogs", "owls")]
     tokenizer = train_wordpiece(texts * 9, 120)
     tokens = prepare_documents(texts, tmp_path, tokenizer)
     for k, name in enumerate(("cats", "dogs", "owls")):
@@ -208,5 +208,5 @@ def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
         before, after = lines[0][f"val_{name}_loss_before"], lines[-1][f"val_{name}_loss"]
         assert f"validation loss {before:.2f} -> {after:.2f}, right " in printed
     assert f"{lines[-1]['val_sop_accuracy']:.1%}" in printed
-    assert printed.count("    hidden: looked\n    guessed: ") == 3
+    assert printed.count("    hidden: mat\n    guessed: ") == 3
     assert equivalence_table(rows) in printed

@@ -6,8 +6,10 @@ from gpt2_cases import config
 
 import megatron_edu.generate
 from megatron_edu.comm import Ledger
+from megatron_edu.config import PRESETS
 from megatron_edu.generate import SamplingConfig, choose, filter_logits, generate
 from megatron_edu.mesh import ParallelDims
+from megatron_edu.models.bert import Bert
 from megatron_edu.models.gpt2 import GPT2
 
 CONFIG = config()       # 101 ids, of 128 rows; at most 17 tokens
@@ -253,6 +255,11 @@ def test_nothing_is_kept_for_a_backward_pass(monkeypatch):
 def test_a_prompt_without_a_token_is_refused():
     with pytest.raises(ValueError, match="no token; start from"):
         generate(model(), torch.zeros(1, 0, dtype=torch.long), 1)
+
+
+def test_a_bert_has_no_next_token():
+    with pytest.raises(ValueError, match="no next token; generate with a GPT-2, or .*fill_mask"):
+        generate(Bert(PRESETS["bert-tiny"]), PROMPTS, 1)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
