@@ -38,7 +38,7 @@ from .tensor_parallel.shard import check_divides
 from .training.checkpoint import CONFIG, latest_checkpoint, load_model, save_checkpoint
 from .training.launch import launch
 from .training.optimizer import OptimizerConfig
-from .training.step import RunConfig, TrainConfig
+from .training.run import RunConfig, TrainConfig
 
 # %% ../nbs/7_using/03_cli.ipynb #a439a30f
 SMALL = ("tiny", "laptop")      # presets that learn in minutes; the others keep the paper's recipe

@@ -30,7 +30,7 @@ from .training.journal import read_metrics, validation_losses
 from .training.launch import launch
 from .training.loop import train
 from .training.optimizer import OptimizerConfig
-from .training.step import RunConfig, TrainConfig
+from .training.run import RunConfig, TrainConfig
 
 # %% ../nbs/7_using/02_demo.ipynb #9c712a71
 def train_from_folder(
