@@ -28,7 +28,7 @@ from .prepare import TOKENIZER, TOKENS, find_token_file, prepare, read_tokenizer
 from .tensor_parallel.shard import check_divides
 from .training.checkpoint import ARCHITECTURES, latest_checkpoint, load_config
 from .training.launch import launch
-from .training.step import TrainConfig, recipe
+from .training.run import TrainConfig, recipe
 
 # %% ../nbs/7_using/02_train.ipynb #c09e6ca2
 SMALL = ("tiny", "laptop", "bert-tiny", "bert-laptop")      # the others keep the paper's recipe

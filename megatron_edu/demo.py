@@ -34,7 +34,7 @@ from .training.checkpoint import checkpoint_folder, load_model
 from .training.journal import read_metrics, validation_losses
 from .training.launch import launch
 from .training.loop import train
-from .training.step import Batch, TrainConfig, recipe
+from .training.run import Batch, TrainConfig, recipe
 
 # %% ../nbs/7_using/02_demo.ipynb #9c712a71
 def train_from_folder(

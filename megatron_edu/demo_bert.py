@@ -29,7 +29,7 @@ from .models.bert import Bert
 from .tensor_parallel.cross_entropy import hide_padding
 from .training.checkpoint import checkpoint_folder, load_model
 from .training.journal import read_metrics, validation_losses
-from .training.step import Batch
+from .training.run import Batch
 
 # %% ../nbs/7_using/02_demo_bert.ipynb #c0d4b24e
 BERT_DEMO = DemoConfig(Path("runs/demo-bert"), steps=STEPS["bert"], model="bert")

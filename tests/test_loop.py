@@ -31,7 +31,7 @@ from megatron_edu.training.checkpoint import (
 from megatron_edu.training.journal import read_metrics, validation_losses
 from megatron_edu.training.loop import stop_requested, train
 from megatron_edu.training.optimizer import OptimizerConfig
-from megatron_edu.training.step import Data, RunConfig, TrainConfig
+from megatron_edu.training.run import Data, RunConfig, TrainConfig
 from megatron_edu.training.validation import validate
 
 TINY = GPT2Config(2, 32, 4, vocab_size=90, max_seq_len=16, dropout=0.0, vocab_multiple=24)

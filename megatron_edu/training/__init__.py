@@ -8,6 +8,6 @@ __all__ = ['OptimizerConfig', 'RunConfig', 'TrainConfig', 'recipe', 'train']
 # %% ../../nbs/6_training/00_training.ipynb #93301f01
 from .loop import train
 from .optimizer import OptimizerConfig
-from .step import RunConfig, TrainConfig, recipe
+from .run import RunConfig, TrainConfig, recipe
 
 _all_ = ["OptimizerConfig", "RunConfig", "TrainConfig", "recipe", "train"]
