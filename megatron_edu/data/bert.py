@@ -171,7 +171,7 @@ def chosen(
     mask[picked] = True
     return np.flatnonzero(mask.repeat(np.diff(bounds)))
 
-# %% ../../nbs/5_data/08_bert_samples.ipynb #ebfd8f0f
+
 def hide(
     ids: np.ndarray,        # (n,): a row; those at `places` are replaced
     places: np.ndarray,     # (masked,)
