@@ -142,7 +142,12 @@ def test_documents_are_read_in_a_stream(wordpiece, tmp_path):
 
 def test_sentences_of_novels(data_folder, tmp_path):
     wordpiece = load_wordpiece(data_folder / "tokenizers")
-    names = ["kipling_kim_1901", "dickens_oliver_1839", "burnett_garden_1911", "conrad_nostromo_1904"]
+    names = [
+        "kipling_kim_1901",
+        "dickens_oliver_1839",
+        "burnett_garden_1911",
+        "conrad_nostromo_1904",
+    ]
     folder = data_folder / "novels"
     documents = list(read_documents([folder / f"{name}.txt" for name in names]))
     found = [list(sentences(text)) for text in documents]

@@ -273,3 +273,9 @@ def test_ranks_of_torchrun_join(tmp_path):
 
 def test_the_limit_of_a_collective_leaves_time_to_save():
     assert launch_module.TIMEOUT >= 300
+
+
+def test_ranks_have_the_time_to_save_after_ctrl_c(tmp_path):
+    "The launcher kills ranks that do not end in time: PyTorch's own limit is half a minute."
+    settings = launch_module._local(2, str(tmp_path))
+    assert settings.shutdown_timeout == launch_module.TIMEOUT == 600

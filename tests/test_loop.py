@@ -21,7 +21,7 @@ from megatron_edu.data.gpt2 import GPT2Samples
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
-from megatron_edu.training import loop, step
+from megatron_edu.training import journal, loop, step
 from megatron_edu.training.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
@@ -326,3 +326,22 @@ def test_pipelines_and_foreign_ids_are_refused(tmp_path, tokens):
         TrainConfig(TINY, RunConfig(tmp_path), parallel=ParallelDims(pp=2))
     with pytest.raises(ValueError, match="outside the vocabulary of 50"):
         run_here(plan(tmp_path / "run", replace(TINY, vocab_size=50)), tokens)
+
+
+def test_a_full_disk_loses_no_line_of_the_metrics(tmp_path, monkeypatch):
+    "Resuming drops lines of steps done anew: what is left is written aside, then renamed."
+    lines = [{"step": number, "loss": 1.0} for number in range(1, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def full(path, text):
+        with path.open("w") as stream:
+            stream.write(text[:7])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space"):
+            journal._keep_lines(tmp_path, 2)
+    assert read_metrics(tmp_path) == lines and len(list(tmp_path.iterdir())) == 1
+    journal._keep_lines(tmp_path, 2)
+    assert read_metrics(tmp_path) == lines[:2]

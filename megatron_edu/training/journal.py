@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..data.token_file import written_aside
 from .run import TrainConfig
 
 # %% ../../nbs/6_training/08_journal.ipynb #7ea90b39
@@ -33,10 +34,11 @@ def validation_losses(
 
 # %% ../../nbs/6_training/08_journal.ipynb #38fa1253
 def _keep_lines(run: Path, step: int) -> None:
-    "Drop the lines of steps that are done anew."
+    "Drop the lines of steps that are done anew. Written aside: a full disk loses no line."
     run.mkdir(parents=True, exist_ok=True)
     kept = [json.dumps(line) + "\n" for line in read_metrics(run) if line["step"] <= step]
-    (run / "metrics.jsonl").write_text("".join(kept))
+    with written_aside(run / "metrics.jsonl") as (aside,):
+        aside.write_text("".join(kept))
 
 
 def _losses(numbers: dict, start: str = "") -> str:
@@ -51,11 +53,10 @@ def _progress(line: dict, steps: int, seconds_a_step: float) -> str:
     "A step as a line of text."
     text = (
         "step {step}/{steps}  {losses}  lr {lr:.2e}  norm {grad_norm:.3f}  "
-        "{tokens_per_s:,} tokens/s  {ms:.0f} ms  ETA {minutes}:{seconds:02d}"
+        "{tokens_per_s:,} tokens/s  {ms:.0f} ms  ETA {eta}"
     )
-    minutes, seconds = divmod(int(seconds_a_step * (steps - line["step"])), 60)
-    losses = _losses(line)
-    return text.format(**line, losses=losses, steps=steps, minutes=minutes, seconds=seconds)
+    eta = tqdm.format_interval(seconds_a_step * (steps - line["step"]))     # [hours:]minutes:seconds
+    return text.format(**line, losses=_losses(line), steps=steps, eta=eta)
 
 
 def _validation(step: int, numbers: dict) -> str:
@@ -88,7 +89,8 @@ class Journal:
             stream.write(json.dumps(line) + "\n")
         if self.bar is not None:
             self.bar.update()
-            self.bar.set_postfix_str("loss {loss:.3f} norm {grad_norm:.2f}".format(**numbers))
+            text = "loss {loss:.3f} lr {lr:.1e} norm {grad_norm:.2f} {tokens_per_s:,} tokens/s"
+            self.bar.set_postfix_str(text.format(**line))
         elif step % self.run.log_every == 0 or step in (self.first + 1, self.run.steps):
             pace = (time.perf_counter() - self.begun) / (step - self.first)
             self.say(_progress(line, self.run.steps, pace))

@@ -50,6 +50,8 @@ def choose_backend(
 # %% ../../nbs/6_training/10_launch.ipynb #c6a603b8
 def _local(ranks: int, folder: str) -> LaunchConfig:
     "Ranks on this machine, started by an agent that keeps its notes in a file."
+    known = "shutdown_timeout" in LaunchConfig.__dataclass_fields__     # not in older PyTorch
+    patience = {"shutdown_timeout": int(TIMEOUT)} if known else {}      # a rank may be saving
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -62,6 +64,7 @@ def _local(ranks: int, folder: str) -> LaunchConfig:
         rdzv_configs={"store_type": "file"},
         local_addr="127.0.0.1",
         logs_specs=DefaultLogsSpecs(log_dir=folder),
+        **patience,
     )
 
 
