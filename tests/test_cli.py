@@ -144,7 +144,8 @@ def test_help_shows_the_defaults_of_the_model(capsys):
 
 
 def test_help_of_the_demo_shows_the_defaults_of_the_model(capsys):
-    for options, model, out in (("", "gpt2", "runs/demo"), (" --model bert", "bert", "runs/demo-bert")):
+    verbs = ("", "gpt2", "runs/demo"), (" --model bert", "bert", "runs/demo-bert")
+    for options, model, out in verbs:
         text = help_of(capsys, f"demo{options}")
         assert default_of(text, "--model") == model and default_of(text, "--out") == out
 
@@ -217,7 +218,8 @@ def test_a_vocabulary_without_a_tokenizer_is_the_presets(tmp_path, corpus):
 
 
 def test_presets_decide_the_other_defaults():
-    tiny, paper = cli_train.preset_arguments("tiny").config, cli_train.preset_arguments("gpt2-355m").config
+    tiny = cli_train.preset_arguments("tiny").config
+    paper = cli_train.preset_arguments("gpt2-355m").config
     assert tiny.model.num_layers == 2 and tiny.run.steps == 400 and tiny.run.batch_size == 16
     assert tiny.run.eval_every == tiny.run.save_every == 100
     recipe = tiny.optimizer
@@ -261,7 +263,9 @@ def test_a_preset_of_bert_brings_its_recipe(preset):
 def arguments(*options):
     "What `train` is told, as far as it looks for tokens."
     return tyro.cli(
-        cli_train.TrainArguments, args=list(map(str, options)), default=cli_train.preset_arguments("tiny"),
+        cli_train.TrainArguments,
+        args=list(map(str, options)),
+        default=cli_train.preset_arguments("tiny"),
         config=(tyro.conf.OmitArgPrefixes,),
     )
 
@@ -773,7 +777,8 @@ def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):
     cli.main(f"convert --from {bert_run} --to {there}".split())
     vocab = load_wordpiece(there).core.get_vocab()
     (there / "tokenizer.json").unlink()
-    (there / "vocab.txt").write_text("".join(f"{token}\n" for token in sorted(vocab, key=vocab.get)))
+    tokens = sorted(vocab, key=vocab.get)
+    (there / "vocab.txt").write_text("".join(f"{token}\n" for token in tokens))
     cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
     assert load_wordpiece(back).core.get_vocab() == vocab
     (there / "vocab.txt").write_text("the\ncat\n")
