@@ -55,7 +55,7 @@ def _progress(line: dict, steps: int, seconds_a_step: float) -> str:
         "step {step}/{steps}  {losses}  lr {lr:.2e}  norm {grad_norm:.3f}  "
         "{tokens_per_s:,} tokens/s  {ms:.0f} ms  ETA {eta}"
     )
-    eta = tqdm.format_interval(seconds_a_step * (steps - line["step"]))     # [hours:]minutes:seconds
+    eta = tqdm.format_interval(seconds_a_step * (steps - line["step"]))     # [h:]mm:ss
     return text.format(**line, losses=_losses(line), steps=steps, eta=eta)
 
 
