@@ -61,7 +61,7 @@ def sums_of(model: Trunk, batch: Batch) -> Sums:
 def validate(
     model: Trunk,
     data: Data,
-) -> dict[str, float]:      # val_loss; of a BERT also both addends, and both shares of right answers
+) -> dict[str, float]:      # val_loss; of a BERT both addends and both shares of right answers, too
     "Means over the same held-out batches each time, without dropout: sums, divided once."
     model.eval()
     totals = []
