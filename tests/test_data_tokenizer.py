@@ -133,7 +133,7 @@ def test_another_token_may_end_documents(tokenizer, tmp_path):
     assert load_tokenizer(tmp_path, eod_token="e").eod_id == tokenizer.core.token_to_id("e")
 
 
-@pytest.mark.parametrize("name", ["<|end_of_text|>", "</s>", "<eos>", "[SEP]"])
+@pytest.mark.parametrize("name", ["<|end_of_text|>", "</s>", "<eos>"])
 def test_other_names_for_the_end_of_a_document_are_known(tmp_path, name):
     core = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", name])

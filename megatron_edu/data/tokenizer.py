@@ -26,7 +26,7 @@ def byte_level(
 
 # %% ../../nbs/5_data/02_tokenizer.ipynb #4ab346c9
 EOD = "<|endoftext|>"       # ends a document, GPT-2's spelling
-EOD_TOKENS = (EOD, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")     # what others call it
+EOD_TOKENS = (EOD, "<|end_of_text|>", "</s>", "<eos>")  # what others call it
 PIECE = 100_000             # characters that are encoded at once
 SEAM = re.compile(r"(?<=\w) (?=\w)")    # a space between two words: no token reaches back over it
 
