@@ -9,7 +9,6 @@ import math
 import pickle
 import subprocess
 import sys
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -116,16 +115,20 @@ def test_a_range_of_documents_is_a_corpus_of_its_own(tmp_path):
     assert set(BertSamples(file, wordpiece, 16, documents=held_out).places[:, 0]) == {6, 8}
 
 
-def test_the_places_of_a_large_corpus_are_found_in_a_moment(tmp_path):
+def test_the_places_of_a_large_corpus_are_found_in_few_calls(tmp_path):
     with TokenFileWriter(tmp_path / "x", 1000) as writer:
         writer.append(np.full(20_000_000, 7))
         writer.sizes.extend([20] * 1_000_000)
         writer.offsets.extend(range(40, 1_000_001, 40))
         writer.open = None
     file, wordpiece = TokenFile(tmp_path / "x"), numbered_wordpiece(10)
-    start = time.process_time()
-    samples = BertSamples(file, wordpiece, 128, 1_000_000)
-    assert time.process_time() - start < 5 and len(samples) == 1_000_000
+    calls = []
+    sys.setprofile(lambda frame, event, arg: calls.append(event))
+    try:
+        samples = BertSamples(file, wordpiece, 128, 1_000_000)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < 10_000 and len(samples) == 1_000_000    # a loop over them has a million
 
 
 # What samples hold
@@ -528,16 +531,6 @@ def test_the_samples_of_old_checkpoints_stay(tmp_path):
 def test_epochs_and_samples_have_random_numbers_of_their_own():
     draws = {bert.generator(s, p, n).random() for s in (1, 2) for p in (0, 1) for n in range(50)}
     assert len(draws) == 200
-
-
-def test_a_batch_takes_a_small_part_of_a_step(drawn):
-    "A step of the laptop preset on 2 cores, batch 16, takes 250 ms or more; 2 % of it are 5 ms."
-    seconds = []
-    for k in range(40):
-        start = time.process_time()
-        drawn.samples.batch(range(16 * k, 16 * k + 16))
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 0.005
 
 
 # What is refused
