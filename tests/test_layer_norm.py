@@ -1,4 +1,4 @@
-"""Where the LayerNorm stands: masks, the two orders, their gradients, and the experiment's files."""
+"""Where the LayerNorm stands: masks, the two orders and their gradients."""
 
 import math
 
@@ -7,13 +7,10 @@ import torch
 
 from megatron_edu.reference.gpt2 import Block
 from megatron_edu.training.layer_norm import (
-    CASES,
     MASK,
     PEAK,
     block_norms,
     byte_ids,
-    load_runs,
-    main,
     make_bert,
     masked_batch,
     training,
@@ -105,10 +102,8 @@ def first_over_last(order, depth, steps=20):
 
 
 def test_after_the_warm_up_it_fades_with_depth_in_post_ln_alone():
-    post = {depth: first_over_last("post", depth) for depth in (4, 8, 16)}
-    assert post[4] > 1.5 * post[8] > 3 * post[16]
-    assert post[16] < 0.2
-    assert first_over_last("pre", 16) > 0.5
+    assert first_over_last("post", 4) > 3 * first_over_last("post", 12)
+    assert first_over_last("pre", 12) > 0.5
 
 
 class FromTheNorm(Block):
@@ -144,43 +139,3 @@ def test_training_pauses_before_the_update():
     moved = (model.wte.weight - before[0]).abs().max().item()
     assert math.isclose(moved, PEAK / 20, rel_tol=0.01)     # first of 20 steps of warm-up
     assert len(list(steps)) == 0
-
-
-def test_the_command_writes_what_is_read_again(tmp_path, monkeypatch):
-    documents = ["some text of sixteen words " * 9]
-    monkeypatch.setattr("megatron_edu.training.layer_norm.embedded_corpus", lambda: documents)
-    main(["--out", str(tmp_path), "--steps", "12", "--seeds", "4", "5", "--cases", "12 layers"])
-    facts, runs = load_runs(tmp_path / "layer_norm.json")
-    assert facts["steps"] == 12 and facts["seeds"] == [4, 5]
-    assert [(run.order, run.seed) for run in runs] == [(o, s) for o in ORDERS for s in (4, 5)]
-    for run in runs:
-        assert len(run.loss) == len(run.norm) == len(run.layers) == 2
-        assert all(len(norms) == CASES["12 layers"].depth for norms in run.layers)
-    steps = list(training(make_bert("pre", 12, 5), byte_ids(documents), 5, 12))
-    means = [sum(loss for loss, _ in part) / len(part) for part in (steps[:10], steps[10:])]
-    assert runs[-1].loss == [round(mean, 4) for mean in means]
-    assert runs[-1].norm[1] == pytest.approx(max(norm for _, norm in steps[10:]), rel=0.01)
-    assert (tmp_path / "layer_norm.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_cases_beside_the_experiment_take_the_first_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_edu.training.layer_norm.embedded_corpus", lambda: ["word " * 9])
-    case = "48 layers, long warm-up"
-    main(["--out", str(tmp_path), "--steps", "1", "--seeds", "4", "5", "--cases", case])
-    _, runs = load_runs(tmp_path / "layer_norm.json")
-    assert [(run.case, run.order, run.seed) for run in runs] == [(case, "post", 4)]
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--steps", "0"], "at least 1"),
-        (["--seeds"], "name at least one"),
-        (["--cases", "5 layers"], "choose from '12 layers'"),
-    ],
-)
-def test_bad_options(tmp_path, capsys, options, message):
-    with pytest.raises(SystemExit) as stop:
-        main(["--out", str(tmp_path / "new"), *options])
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()

@@ -1,0 +1,68 @@
+"""The experiment of figure 7: what a run says, which cases have which, and its files."""
+
+import pytest
+
+from megatron_edu.training.figure_7 import CASES, Case, load_runs, main
+from megatron_edu.training.layer_norm import block_norms, byte_ids, make_bert, training
+
+ORDERS = ("post", "pre")
+
+
+def test_the_command_writes_what_is_read_again(tmp_path, monkeypatch):
+    documents = ["some text of sixteen words " * 9]
+    monkeypatch.setattr("megatron_edu.training.figure_7.embedded_corpus", lambda: documents)
+    monkeypatch.setitem(CASES, "12 layers", Case(3, warmup=4, peak=2e-3, scaled=False))
+    main(["--out", str(tmp_path), "--steps", "12", "--seeds", "4", "5", "--cases", "12 layers"])
+    facts, runs = load_runs(tmp_path / "figure_7.json")
+    assert facts["steps"] == 12 and facts["seeds"] == [4, 5]
+    assert [(run.order, run.seed) for run in runs] == [(o, s) for o in ORDERS for s in (4, 5)]
+    for run in runs:
+        assert len(run.loss) == len(run.norm) == len(run.layers) == 2
+        assert all(len(norms) == 3 for norms in run.layers)
+    model, steps, layers = make_bert("pre", 3, 5, scaled=False), [], []
+    for step in training(model, byte_ids(documents), 5, 12, warmup=4, peak=2e-3):
+        steps.append(step)
+        layers.append(block_norms(model))
+    for kept, norms in zip(runs[-1].layers, (layers[0], layers[10])):
+        assert kept == pytest.approx(norms, rel=0.01)
+    means = [sum(loss for loss, _ in part) / len(part) for part in (steps[:10], steps[10:])]
+    assert runs[-1].loss == [round(mean, 4) for mean in means]
+    assert runs[-1].norm[1] == pytest.approx(max(norm for _, norm in steps[10:]), rel=0.01)
+    assert (tmp_path / "figure_7.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_cases_beside_the_experiment_take_the_first_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr("megatron_edu.training.figure_7.embedded_corpus", lambda: ["word " * 9])
+    case = "24 layers, warm-up of 200"
+    main(["--out", str(tmp_path), "--steps", "1", "--seeds", "4", "5", "--cases", case])
+    _, runs = load_runs(tmp_path / "figure_7.json")
+    assert [(run.case, run.order, run.seed) for run in runs] == [(case, "post", 4)]
+
+
+def test_what_is_done_is_kept_when_the_rest_is_cut_off(tmp_path, monkeypatch):
+    def cut_off(order, depth, seed, scaled):
+        if seed == 5:
+            raise KeyboardInterrupt
+        return make_bert(order, 2, seed, scaled)
+
+    monkeypatch.setattr("megatron_edu.training.figure_7.embedded_corpus", lambda: ["word " * 9])
+    monkeypatch.setattr("megatron_edu.training.figure_7.make_bert", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--out", str(tmp_path), "--steps", "1", "--seeds", "4", "5"])
+    _, runs = load_runs(tmp_path / "figure_7.json")
+    assert [(run.case, run.order, run.seed) for run in runs] == [("12 layers", "post", 4)]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--steps", "0"], "at least 1"),
+        (["--seeds"], "name at least one"),
+        (["--cases", "5 layers"], "choose from '12 layers'"),
+    ],
+)
+def test_bad_options(tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        main(["--out", str(tmp_path / "new"), *options])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
