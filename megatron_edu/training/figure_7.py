@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CASES', 'EVERY', 'COLORS', 'LOOKS', 'Case', 'Run', 'run_case', 'ExperimentConfig', 'save_runs', 'load_runs',
-           'draw_runs', 'draw_losses', 'draw_layers', 'experiment', 'main']
+           'draw_losses', 'draw_layers', 'draw_runs', 'experiment', 'main']
 
 # %% ../../nbs/6_training/12_figure_7.ipynb #b3924b9e
 import json
@@ -135,29 +135,6 @@ COLORS = {"post": "#e45756", "pre": "#4c78a8"}
 LOOKS = (0, 2, 5, -1)       # of the looks at the layers, those that are drawn
 
 
-def draw_runs(
-    runs: list[Run],
-) -> Figure:
-    "Loss of each run, and below it the gradient of each layer at four steps, mean of the seeds."
-    cases = list(dict.fromkeys(run.case for run in runs))
-    figure = Figure(figsize=(3.2 * len(cases), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(cases), sharey="row", squeeze=False)
-    for column, case in zip(axes.T, cases):
-        column[0].set(title=case, xlabel="step")
-        column[1].set(xlabel="layer", yscale="log")
-        for order, color in COLORS.items():
-            same = [run for run in runs if (run.case, run.order) == (case, order)]
-            if same:
-                draw_losses(column[0], same, color)
-                draw_layers(column[1], same, color)
-    axes[0, 0].set(ylabel="loss (nats a byte)", ylim=(2.7, 6.5))
-    axes[1, 0].set_ylabel("gradient norm of the layer")
-    axes[0, 0].legend(frameon=False)
-    labelled = axes[1, 0].get_legend_handles_labels()
-    figure.legend(*labelled, loc="outside right lower", frameon=False, fontsize=8)
-    return figure
-
-
 def draw_losses(
     ax: Axes,
     runs: list[Run],
@@ -181,6 +158,29 @@ def draw_layers(
     for i, look in enumerate(looks, start=1):
         label, alpha = f"{runs[0].order}-LN, step {EVERY * look + 1}", i / len(looks)
         ax.plot(range(1, means.shape[1] + 1), means[look], color=color, alpha=alpha, label=label)
+
+# %% ../../nbs/6_training/12_figure_7.ipynb #3a5eeb8a
+def draw_runs(
+    runs: list[Run],
+) -> Figure:
+    "Loss of each run, and below it the gradient of each layer at four steps, mean of the seeds."
+    cases = list(dict.fromkeys(run.case for run in runs))
+    figure = Figure(figsize=(3.2 * len(cases), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(cases), sharey="row", squeeze=False)
+    for column, case in zip(axes.T, cases):
+        column[0].set(title=case, xlabel="step")
+        column[1].set(xlabel="layer", yscale="log")
+        for order, color in COLORS.items():
+            same = [run for run in runs if (run.case, run.order) == (case, order)]
+            if same:
+                draw_losses(column[0], same, color)
+                draw_layers(column[1], same, color)
+    axes[0, 0].set(ylabel="loss (nats a byte)", ylim=(2.7, 6.5))
+    axes[1, 0].set_ylabel("gradient norm of the layer")
+    axes[0, 0].legend(frameon=False)
+    labelled = axes[1, 0].get_legend_handles_labels()
+    figure.legend(*labelled, loc="outside right lower", frameon=False, fontsize=8)
+    return figure
 
 # %% ../../nbs/6_training/12_figure_7.ipynb #0eb70ff1
 def experiment(config: ExperimentConfig) -> list[Run]:
