@@ -160,7 +160,8 @@ def test_riddles_are_the_middles_of_equal_parts(tmp_path):
     text = " ".join(f"one old and quiet {name} went up there." for name in (*hidden, "pig"))
     tokenizer = train_wordpiece([text] * 9, 120)
     tokens = prepare_documents([text], tmp_path, tokenizer)
-    for count, wanted in ((1, "fox"), (2, "dog hen"), (3, "dog fox pig"), (9, " ".join(hidden))):
+    cases = (1, "fox"), (2, "dog hen"), (3, "dog fox pig"), (9, " ".join(hidden))
+    for count, wanted in cases:
         found = riddles(tokens, tokenizer, range(1), count)
         assert [truth for _, truth in found] == wanted.split()
 
@@ -232,5 +233,5 @@ def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
         told = f"{task}: validation loss {before:.2f} -> {after:.2f}, right "
         assert told + " -> ".join(f"{x:.1%}" for x in share) + "\n" in printed
     hole = "the small cat sat on the [MASK] and looked at the mat ."
-    assert printed.count(f"{hole}\n    hidden: moon\n    guessed: ") == printed.count("hidden: ") == 1
+    assert f"{hole}\n    hidden: moon\n    guessed: " in printed and printed.count("hidden: ") == 1
     assert equivalence_table(rows) in printed
