@@ -94,8 +94,8 @@ def riddles(
     documents: range,           # of the token file
     count: int = 3,
 ) -> list[tuple[str, str]]:     # a sentence with a [MASK], and what was there
-    "Plain sentences, evenly spaced over the documents; the middle token of each is hidden."
-    plain = {}                  # each sentence once
+    "Plain sentences, each once, evenly spaced; the middle token of each is hidden."
+    plain = {}
     first, stop = tokens.document_offsets[[documents.start, documents.stop]].tolist()
     for i in range(first, stop):
         words = [tokenizer.core.id_to_token(k) for k in tokens[i].tolist()]
