@@ -9,6 +9,7 @@ READY = .venv/.installed
 
 help:
 	@echo "make demo     install into .venv, then train, sample and re-shard a small GPT-2"
+	@echo "              (a BERT, afterwards: .venv/bin/megatron-edu demo --model bert)"
 	@echo "make test     install into .venv, then all checks"
 	@echo "make export   write megatron_edu/ from the notebooks"
 	@echo "make readme   write README.md from nbs/index.ipynb"

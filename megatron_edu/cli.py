@@ -89,7 +89,8 @@ class GenerateArguments:
     run: tyro.conf.Positional[Path]     # folder of a run, or of one of its checkpoints
     sampling: SamplingConfig
     prompt: str = "The"                 # text to continue
-    tokens: int = 100                   # number of tokens to add
+    tokens: int = 100                   # number of tokens to add, at most
+    stop: bool = True                   # at the end of a document; else go on with another one
     tp: int = 1                         # ranks to split the model over
 
 
@@ -114,7 +115,8 @@ def generate_command(args: list[str]) -> None:
     check_split(config, asked.tp)
     tokenizer = load_tokenizer(path)
     ids = torch.tensor([tokenizer.encode(asked.prompt) or [tokenizer.eod_id]])
-    work = folder, ids, asked.tokens, asked.sampling
+    stop_id = tokenizer.eod_id if asked.stop else None
+    work = folder, ids, asked.tokens, asked.sampling, stop_id
     written = launch(generate_on_rank, ParallelDims(tp=asked.tp), *work, say=_quiet)
     print(tokenizer.decode(written))
 
@@ -126,10 +128,11 @@ def generate_on_rank(
     ids: torch.Tensor,          # (1, s)
     num_tokens: int,
     sampling: SamplingConfig,
-) -> list[int]:                 # s + num_tokens
+    stop_id: int | None,
+) -> list[int]:                 # s + num_tokens, less after a stop
     "What each rank of `generate` does."
     model = load_model(folder, groups.tp_group).to(device)
-    return generate(model, ids.to(device), num_tokens, sampling)[0].tolist()
+    return generate(model, ids.to(device), num_tokens, sampling, stop_id)[0].tolist()
 
 
 def _quiet(text: str) -> None:
@@ -187,7 +190,7 @@ def demo_command(args: list[str]) -> None:
 
 # %% ../nbs/7_using/03_cli.ipynb #0ee521c9
 VERBS = {
-    "demo": (demo_command, "train, try and re-shard a small model on this machine"),
+    "demo": (demo_command, "train, try and re-shard a small GPT-2; with --model bert, a BERT"),
     "prepare": (prepare_command, "turn text into a token file"),
     "train": (train_command, "train a GPT-2 or a BERT on text or on a token file"),
     "generate": (generate_command, "continue a prompt with a trained GPT-2"),

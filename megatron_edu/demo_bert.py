@@ -87,22 +87,23 @@ def fill_mask(
     words = [[tokenizer.core.id_to_token(i) for i in row] for row in found.tolist()]
     return [list(zip(*row, strict=True)) for row in zip(words, p.tolist(), strict=True)]
 
-# %% ../nbs/7_using/02_demo_bert.ipynb #32962e11
+# %% ../nbs/7_using/02_demo_bert.ipynb #837a07ad
 def riddles(
     tokens: TokenFile,
     tokenizer: WordPiece,
     documents: range,           # of the token file
     count: int = 3,
 ) -> list[tuple[str, str]]:     # a sentence with a [MASK], and what was there
-    "Plain sentences, evenly spaced over the documents; the middle token of each is hidden."
-    found = []
+    "Plain sentences, each once, evenly spaced; the middle token of each is hidden."
+    plain = {}
     first, stop = tokens.document_offsets[[documents.start, documents.stop]].tolist()
     for i in range(first, stop):
         words = [tokenizer.core.id_to_token(k) for k in tokens[i].tolist()]
         if 8 <= len(words) <= 16 and all(word.isalpha() or word in ",." for word in words):
-            found.append(words)
-    chosen = [found[len(found) * (2 * k + 1) // (2 * count)] for k in range(count)] if found else []
-    return [_hide_middle(words) for words in chosen]
+            plain[" ".join(words)] = words
+    found = list(plain.values())
+    count = min(count, len(found))
+    return [_hide_middle(found[len(found) * (2 * k + 1) // (2 * count)]) for k in range(count)]
 
 
 def _hide_middle(words: list[str]) -> tuple[str, str]:

@@ -71,7 +71,7 @@ def check_next_token(config: ModelConfig) -> None:
             "model for words hidden as [MASK], with megatron_edu.demo_bert.fill_mask"
         )
 
-
+# %% ../nbs/7_using/01_generate.ipynb #f90c7185
 @torch.no_grad()
 def generate(
     model: GPT2,

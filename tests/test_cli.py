@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 import shutil
 
@@ -19,8 +20,9 @@ from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece
 from megatron_edu.models.bert import Bert
+from megatron_edu.prepare import prepare_documents
 from megatron_edu.ranks import RankError
-from megatron_edu.training.checkpoint import latest_checkpoint, load_model
+from megatron_edu.training.checkpoint import latest_checkpoint, load_model, save_checkpoint
 from megatron_edu.training.journal import read_metrics
 
 TEXT = "The cat sat on the mat, and the dog barked at the cat.\n\n"
@@ -476,7 +478,9 @@ def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
     train_tokenizer(["other words"], 260).save(given)
     source, out = str(corpus / "a.txt"), str(tmp_path / "out")
     cli.main(["prepare", source, "--tokenizer", str(given), "--out", out])
-    assert "tokens in" in capsys.readouterr().out
+    file = TokenFile(tmp_path / "out" / "tokens")
+    printed = capsys.readouterr().out
+    assert printed == f"{len(file)} documents, {file.num_tokens:,} tokens in {out}\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "tokenizer.json", "tokens.bin", "tokens.idx"
     ]
@@ -517,6 +521,36 @@ def test_without_a_prompt_a_new_document_begins(run, capsys):
 def test_generate_on_two_ranks_writes_the_same(run, capfd):
     texts = [written(capfd, run, "--tokens", 10, "--tp", tp) for tp in (1, 2)]
     assert texts[0] == texts[1]
+
+
+@pytest.fixture(scope="module")
+def brief(run, tmp_path_factory):
+    "A run whose model draws every token from the same shares: one in five ends the document."
+    folder = tmp_path_factory.mktemp("brief")
+    shutil.copy(run / "tokenizer.json", folder)
+    model, eod_id = load_model(latest_checkpoint(run)), load_tokenizer(folder).eod_id
+    others = model.config.vocab_size - 1
+    with torch.no_grad():
+        for weight in (model.ln_f.weight, model.ln_f.bias, model.wte.weight):
+            weight.zero_()
+        model.ln_f.bias[0] = 1
+        model.wte.weight[eod_id, 0] = math.log(others / 4)
+    save_checkpoint(folder, 0, model)
+    return folder
+
+
+def test_generate_ends_with_the_document(brief, capfd):
+    words = brief, "--prompt", "The cat", "--tokens", 30, "--seed", 2
+    free, ended = (written(capfd, *words, stop) for stop in ("--no-stop", "--stop"))
+    first, mark, rest = free.removesuffix("\n").partition("<|endoftext|>")
+    assert len(first) > len("The cat") and len(rest) > 20 and mark in rest
+    assert ended == f"{first}{mark}\n"
+    assert [written(capfd, *words, "--tp", tp) for tp in (1, 2)] == [ended] * 2
+
+
+def test_the_mark_of_an_empty_prompt_does_not_end_the_text(brief, capsys):
+    text = written(capsys, brief, "--prompt", "", "--tokens", 30, "--seed", 2)
+    assert text.count("<|endoftext|>") == 2 and text.endswith("<|endoftext|>\n")
 
 
 def test_generate_refuses(run, tmp_path, capsys):
@@ -736,7 +770,10 @@ def test_the_other_models_tokens_are_refused(corpus, sentences, tmp_path, capsys
     assert "read as the tokenizer of a bert (see --model)" in text and "[MASK]" in text
     pieces = "--tokenizer", sentences / "tokenizer.json"
     text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready", *pieces)
-    assert "token id" in text or "two sentences" in text
+    assert "token id" in text and "outside the vocabulary" in text
+    lone = prepare_documents(["The cat sat on the mat."] * 9, tmp_path, load_wordpiece(sentences))
+    text = refusal(capsys, "train", *SMALL_BERT, *rest, lone.prefix)
+    assert "none of the documents" in text and "has two sentences" in text
     assert not (tmp_path / "run").exists()
 
 

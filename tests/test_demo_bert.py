@@ -138,7 +138,7 @@ def test_texts_that_cannot_be_filled(made, text, count, words):
 def test_a_riddle_hides_the_middle_of_a_plain_sentence(made):
     _, tokens, tokenizer = made
     found = riddles(tokens, tokenizer, range(3))
-    assert found == [("the small cat sat on the [MASK] and looked at the moon .", "mat")] * 3
+    assert found == [("the small cat sat on the [MASK] and looked at the moon .", "mat")]
     assert tokenizer.encode(found[0][0]).count(tokenizer.mask_id) == 1
 
 
@@ -148,10 +148,31 @@ def test_riddles_come_from_the_given_documents_alone(tmp_path):
     tokens = prepare_documents(texts, tmp_path, tokenizer)
     for k, name in enumerate(("cats", "dogs", "owls")):
         answers = riddles(tokens, tokenizer, range(k, k + 1), 2)
-        assert [truth for _, truth in answers] == [name] * 2
+        assert [truth for _, truth in answers] == [name]
     spread = [truth for _, truth in riddles(tokens, tokenizer, range(3), 3)]
     assert spread == ["cats", "dogs", "owls"]
     assert [truth for _, truth in riddles(tokens, tokenizer, range(1, 3), 2)] == ["dogs", "owls"]
+
+
+def test_riddles_are_the_middles_of_equal_parts(tmp_path):
+    "Of six plain sentences, one of them twice: each once, and no more riddles than sentences."
+    hidden = ("cat", "dog", "owl", "fox", "hen", "pig")
+    text = " ".join(f"one old and quiet {name} went up there." for name in (*hidden, "pig"))
+    tokenizer = train_wordpiece([text] * 9, 120)
+    tokens = prepare_documents([text], tmp_path, tokenizer)
+    cases = (1, "fox"), (2, "dog hen"), (3, "dog fox pig"), (9, " ".join(hidden))
+    for count, wanted in cases:
+        found = riddles(tokens, tokenizer, range(1), count)
+        assert [truth for _, truth in found] == wanted.split()
+
+
+@pytest.mark.parametrize("words", range(5, 20))
+def test_a_riddle_has_8_to_16_tokens(tmp_path, words):
+    "The full stop counts."
+    text = " ".join(["no"] * words) + "."
+    tokenizer = train_wordpiece([text] * 9, 60)
+    tokens = prepare_documents([text], tmp_path, tokenizer)
+    assert len(riddles(tokens, tokenizer, range(1))) == (8 <= words + 1 <= 16)
 
 
 def test_without_a_plain_sentence_there_is_no_riddle(tmp_path):
@@ -195,7 +216,9 @@ def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
     model = config(vocab_size=90, max_seq_len=64, num_layers=1)
     plan = megatron_edu.demo.demo_plan
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(megatron_edu.demo, "embedded_corpus", lambda: iter(TEXT * 7))
+    held_out = TEXT[0].replace("moon", "mat").replace("on the mat", "on the moon")
+    corpus = [*TEXT * 6, *TEXT[:2], held_out]
+    monkeypatch.setattr(megatron_edu.demo, "embedded_corpus", lambda: iter(corpus))
     monkeypatch.setattr(
         "megatron_edu.demo_bert.demo_plan", lambda c: replace(plan(c), model=model)
     )
@@ -204,9 +227,11 @@ def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
     assert isinstance(load_model(checkpoint_folder(tmp_path, 8)), Bert)
     assert len(TokenFile(tmp_path / "tokens").document_offsets) == 22
     lines, printed = read_metrics(tmp_path), capsys.readouterr().out
-    for name in ("mlm", "sop"):
+    for name, task in (("mlm", "masked words"), ("sop", "sentence order")):
         before, after = lines[0][f"val_{name}_loss_before"], lines[-1][f"val_{name}_loss"]
-        assert f"validation loss {before:.2f} -> {after:.2f}, right " in printed
-    assert f"{lines[-1]['val_sop_accuracy']:.1%}" in printed
-    assert printed.count("    hidden: mat\n    guessed: ") == 3
+        share = [lines[0][f"val_{name}_accuracy_before"], lines[-1][f"val_{name}_accuracy"]]
+        told = f"{task}: validation loss {before:.2f} -> {after:.2f}, right "
+        assert told + " -> ".join(f"{x:.1%}" for x in share) + "\n" in printed
+    hole = "the small cat sat on the [MASK] and looked at the mat ."
+    assert f"{hole}\n    hidden: moon\n    guessed: " in printed and printed.count("hidden: ") == 1
     assert equivalence_table(rows) in printed

@@ -174,19 +174,20 @@ def count(tp, device):
     return gathered, ledger.count("broadcast"), ledger.elements("broadcast"), len(ledger.records)
 
 
-def write_with_a_rank_that_would_choose_otherwise(tp, device):
+def write_with_a_rank_that_would_choose_otherwise(tp, device, prompts, num_tokens, stop_id=None):
     group = ParallelDims(tp=tp).build(device).tp_group
     own = megatron_edu.generate.choose
     megatron_edu.generate.choose = lambda *args: (own(*args) + group.rank()) % CONFIG.vocab_size
     try:
-        return generate(model(group, device), PROMPTS.to(device), 4, SETTINGS["greedy"]).cpu()
+        built, greedy = model(group, device), SETTINGS["greedy"]
+        return generate(built, prompts.to(device), num_tokens, greedy, stop_id).cpu()
     finally:
         megatron_edu.generate.choose = own
 
 
 @pytest.mark.parametrize("tp", [2])
 def test_the_first_ranks_choice_is_everyones(ranks, device, alone, tp):
-    for ids in ranks(tp)(write_with_a_rank_that_would_choose_otherwise, tp, device):
+    for ids in ranks(tp)(write_with_a_rank_that_would_choose_otherwise, tp, device, PROMPTS, 4):
         assert torch.equal(ids, alone["greedy"][:, :7])
 
 
@@ -223,6 +224,16 @@ def test_writing_ends_when_every_row_has_the_stop_id(alone):
     stop = int(short[0, 5])
     end = 3 + short[0, 3:].tolist().index(stop) + 1
     assert torch.equal(generate(model(), PROMPTS[:1], 8, SETTINGS["greedy"], stop), short[:, :end])
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_all_ranks_stop_at_the_first_ranks_choice(ranks, device, tp):
+    alone = generate(model(), PROMPTS[:1], 8, SETTINGS["greedy"])
+    stop = int(alone[0, 6])
+    end = 3 + alone[0, 3:].tolist().index(stop) + 1
+    options = device, PROMPTS[:1], 8, stop
+    for ids in ranks(tp)(write_with_a_rank_that_would_choose_otherwise, tp, *options):
+        assert end > 4 and torch.equal(ids, alone[:, :end])
 
 
 def test_a_stop_id_in_the_prompt_does_not_count():
