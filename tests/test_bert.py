@@ -71,7 +71,7 @@ def test_variants_equal_the_reference(ranks, device, tp, variant):
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", ["token_types", "attention_mask"])
+@pytest.mark.parametrize("name", ["token_types", "attention_mask", "sentence_order"])
 def test_what_may_be_left_out(ranks, device, tp, name):
     ranks(tp)(four_checks, tp, 1, config(), batch(config(), without=(name,)), device)
 
