@@ -369,6 +369,18 @@ def test_replicated_gradients_agree_under_dropout(ranks, device, tp, layer_norm)
             assert same == (rules[name] is None), name
 
 
+@kinds
+def test_on_one_device_dropout_is_the_references(layer_norm):
+    "The same random numbers, drawn in the same order and with the same p."
+    model, full = pair(config(dropout=0.3, layer_norm=layer_norm))
+    data, losses = batch(config()), []
+    for each in (model, full):
+        torch.manual_seed(5)
+        losses.append(each.loss(**data))
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
+    assert abs(losses[0] - model.eval().loss(**data)) > 1e-3
+
+
 def dropout_off(tp, device):
     "In eval mode a model with dropout is the one without."
     group = groups(tp, 1, device).tp_group
