@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPECIALS', 'SHORT', 'SWAPPED', 'MASKED', 'HIDDEN', 'RANDOM', 'NGRAMS', 'generator', 'windows', 'usable_documents',
-           'sample_places', 'fit', 'stretch', 'pair', 'ngrams', 'chosen', 'hide', 'Row', 'joined', 'padded',
-           'SentencePairs', 'BertSamples']
+           'Places', 'fit', 'stretch', 'pair', 'ngrams', 'chosen', 'hide', 'Row', 'joined', 'padded', 'SentencePairs',
+           'BertSamples']
 
 # %% ../../nbs/5_data/08_bert_samples.ipynb #e594e4fe
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -83,22 +84,38 @@ def usable_documents(
     return bounds[:-1][long], bounds[1:][long]
 
 
-def sample_places(
-    starts: np.ndarray,         # (sentences + 1,): first token of each
-    first: np.ndarray,          # (documents,): first sentence of each
-    stop: np.ndarray,           # (documents,): the sentence after its last
-    tokens: int,                # of a sample, without special tokens
-    num_samples: int | None,    # None: those of one epoch
-    seed: int,
-) -> np.ndarray:                # (num_samples, 3): rows of `windows`
-    "Where each sample lies: epoch after epoch, each cut and shuffled anew."
-    epochs, count = [], 0
-    while not epochs or (num_samples is not None and count < num_samples):
-        chance = generator(seed, 0, len(epochs))
-        found = windows(starts, first, stop, tokens, chance)
-        epochs.append(chance.permutation(found))
-        count += len(found)
-    return np.concatenate(epochs)[:num_samples]
+class Places:
+    """Where each sample lies: epoch after epoch, each cut and shuffled anew. One epoch is held.
+
+    How many samples an epoch has is known when it is cut: sample i asks for all epochs up to its
+    own, the first time.
+    """
+
+    def __init__(
+        self,
+        starts: np.ndarray,     # (sentences + 1,): first token of each
+        first: np.ndarray,      # (documents,): first sentence of each
+        stop: np.ndarray,       # (documents,): the sentence after its last
+        tokens: int,            # of a sample, without special tokens
+        seed: int,
+    ):
+        self.source, self.seed = (starts, first, stop, tokens), seed
+        self.bounds = [0]       # samples of the first 0, 1, 2, ... epochs, as far as it is known
+        self._number, self._rows = -1, None
+
+    def epoch(self, number: int) -> np.ndarray:     # (samples, 3): rows of `windows`
+        "All places of an epoch, in the order of training."
+        if number != self._number:
+            chance = generator(self.seed, 0, number)
+            self._rows = chance.permutation(windows(*self.source, chance))
+            self._number = number
+        return self._rows
+
+    def __getitem__(self, i: int) -> np.ndarray:    # (3,)
+        while i >= self.bounds[-1]:
+            self.bounds.append(self.bounds[-1] + len(self.epoch(len(self.bounds) - 1)))
+        number = bisect_right(self.bounds, i) - 1
+        return self.epoch(number)[i - self.bounds[number]]
 
 # %% ../../nbs/5_data/08_bert_samples.ipynb #b0da3574
 def fit(
@@ -255,12 +272,13 @@ class SentencePairs(torch.utils.data.Dataset):
         documents = range(len(token_file.document_offsets) - 1) if documents is None else documents
         first, stop = usable_documents(token_file, documents)
         self.starts = token_file.sequence_starts
-        self.places = sample_places(self.starts, first, stop, seq_len - SPECIALS, num_samples, seed)
+        self.places = Places(self.starts, first, stop, seq_len - SPECIALS, seed)
+        self.num_samples = len(self.places.epoch(0)) if num_samples is None else num_samples
         self.special = np.isin(np.arange(tokenizer.vocab_size), tokenizer.special_ids)      # (v,)
         self.ordinary = np.flatnonzero(~self.special)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return self.num_samples
 
 # %% ../../nbs/5_data/08_bert_samples.ipynb #ace06d6c
 class BertSamples(SentencePairs):
