@@ -26,7 +26,8 @@ CHECKS = ("loss", "sharded", "replicated", "norm")
 class Report:
     """Largest absolute error of each of the four checks, the same on every rank.
 
-    Infinite where there is no number: for NaN, a missing gradient or one of another shape.
+    Infinite where there is no number: for NaN, another shape, and a missing gradient. One that is
+    missing counts as 0 only where the reference's is 0: where the loss does not use the parameter.
     """
 
     loss: float         # against the reference's loss
@@ -54,7 +55,9 @@ class Report:
 
 # %% ../nbs/3_layers/09_checker.ipynb #be67294c
 def _error(x: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
-    "Largest absolute difference; infinite where there is no number."
+    "Largest absolute difference; infinite where there is no number. None equals nothing but 0."
+    if x is None and not y.any():
+        return torch.zeros((), dtype=torch.float64, device=y.device)
     if x is None or x.shape != y.shape:
         return torch.tensor(torch.inf, dtype=torch.float64, device=y.device)
     difference = (x.detach() - y.detach()).abs().max().double()
@@ -63,7 +66,7 @@ def _error(x: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
 
 def _spread(parameter: nn.Parameter, group: dist.ProcessGroup | None) -> torch.Tensor:
     "Largest difference between the ranks of a group in a gradient that all of them have."
-    own = torch.full_like(parameter, torch.nan) if parameter.grad is None else parameter.grad
+    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     copies = all_gather(own.detach().unsqueeze(0), group, dim=0)
     return _error(copies.amax(0), copies.amin(0))
 

@@ -31,10 +31,8 @@ class World(Ranks):
         return super().__call__(fn, *args, **kwargs)
 
 
-@pytest.fixture(scope="session")
-def ranks(request):
-    "`ranks(n)` is a world of n ranks, made once a session. A world that failed starts anew."
-    backend = request.config.getoption("--backend")
+def session_worlds(backend: str):
+    "A function that makes a world of n ranks once; at the end they are closed."
     worlds: dict[int, World] = {}
 
     def world(size: int) -> World:
@@ -47,6 +45,21 @@ def ranks(request):
     yield world
     for each in worlds.values():
         each.close()
+
+
+@pytest.fixture(scope="session")
+def ranks(request):
+    "`ranks(n)` is a world of n ranks, made once a session. A world that failed starts anew."
+    yield from session_worlds(request.config.getoption("--backend"))
+
+
+@pytest.fixture(scope="session")
+def cpu_ranks(request):
+    "The same with gloo, whatever the option says: for what computes on the CPU in any case."
+    if request.config.getoption("--backend") == "gloo":
+        yield request.getfixturevalue("ranks")
+    else:
+        yield from session_worlds("gloo")
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def test_variants_equal_the_reference(ranks, device, tp, variant):
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("name", ["token_types", "attention_mask"])
+@pytest.mark.parametrize("name", ["token_types", "attention_mask", "sentence_order"])
 def test_what_may_be_left_out(ranks, device, tp, name):
     ranks(tp)(four_checks, tp, 1, config(), batch(config(), without=(name,)), device)
 
@@ -367,6 +367,18 @@ def test_replicated_gradients_agree_under_dropout(ranks, device, tp, layer_norm)
         for name in first:
             same = torch.equal(gradients[name], first[name])
             assert same == (rules[name] is None), name
+
+
+@kinds
+def test_on_one_device_dropout_is_the_references(layer_norm):
+    "The same random numbers, drawn in the same order and with the same p."
+    model, full = pair(config(dropout=0.3, layer_norm=layer_norm))
+    data, losses = batch(config()), []
+    for each in (model, full):
+        torch.manual_seed(5)
+        losses.append(each.loss(**data))
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-12)
+    assert abs(losses[0] - model.eval().loss(**data)) > 1e-3
 
 
 def dropout_off(tp, device):

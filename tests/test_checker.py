@@ -50,6 +50,13 @@ def test_no_number_is_an_infinite_error(x):
     assert testing._error(x, torch.tensor([1.0, 2.0])) == math.inf
 
 
+@pytest.mark.parametrize(
+    "y, error", [([0.0, -0.0], 0.0), ([0.0, 1e-300], math.inf), ([math.nan], math.inf)]
+)
+def test_a_missing_gradient_is_right_where_the_references_is_0(y, error):
+    assert testing._error(None, torch.tensor(y, dtype=torch.float64)) == error
+
+
 def test_infinity_on_both_sides_is_no_agreement():
     infinite = torch.tensor([math.inf])
     assert testing._error(infinite, infinite) == math.inf

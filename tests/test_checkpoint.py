@@ -33,61 +33,67 @@ TINY = GPT2Config(2, 32, 4, vocab_size=90, max_seq_len=12, dropout=0.0, vocab_mu
 FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
 
-def batch(number):
+def batch(number, device="cpu"):
     "Input ids and labels, (4, 12)."
-    ids = torch.randint(90, (4, 13), generator=torch.Generator().manual_seed(number))
+    ids = torch.randint(90, (4, 13), generator=torch.Generator().manual_seed(number)).to(device)
     return ids[:, :-1], ids[:, 1:]
 
 
 def step(model, optimizer, number) -> float:
     "One step of training on batch `number`; its loss."
     optimizer.zero_grad()
-    loss = model.loss(*batch(number))
+    loss = model.loss(*batch(number, model.wpe.weight.device))
     loss.backward()
     clip_grad_norm(model, 0.1)
     optimizer.step()
     return loss.item()
 
 
-def new(group=None):
+def new(group=None, device="cpu"):
     "A float64 model and its optimizer."
-    model = GPT2(TINY, group).double()
+    model = GPT2(TINY, group).to(device).double()
     return model, make_optimizer(model, OptimizerConfig(lr=1e-2))
 
 
-def first_steps(run, tp, dp=1):
+def two_steps(model, optimizer):
+    "Losses of the two steps after the third, and the full weights then."
+    losses = [step(model, optimizer, number) for number in (3, 4)]
+    return losses, {name: tensor.cpu() for name, tensor in gather_state_dict(model).items()}
+
+
+def first_steps(run, tp, dp=1, device="cpu"):
     "Three steps, a checkpoint, and what the next two steps would have been."
-    groups = ParallelDims(tp=tp, dp=dp).build()
-    model, optimizer = new(groups.tp_group)
+    groups = ParallelDims(tp=tp, dp=dp).build(device)
+    model, optimizer = new(groups.tp_group, device)
     for number in range(3):
         step(model, optimizer, number)
     save_checkpoint(run, 3, model, optimizer, state={"consumed": 12}, groups=groups)
-    return [step(model, optimizer, number) for number in (3, 4)], gather_state_dict(model)
+    return two_steps(model, optimizer)
 
 
-def next_steps(run, tp):
+def next_steps(run, tp, device="cpu"):
     "The two steps after a checkpoint."
-    group = ParallelDims(tp=tp).build().tp_group
-    model, optimizer = new(group)
+    group = ParallelDims(tp=tp).build(device).tp_group
+    model, optimizer = new(group, device)
     load_weights(run / "step-00000003", model)
     load_optimizer(run / "step-00000003", model, optimizer)
-    return [step(model, optimizer, number) for number in (3, 4)], gather_state_dict(model)
+    return two_steps(model, optimizer)
 
 
 @pytest.mark.world(4)
 @pytest.mark.parametrize("before", [2, 4])
-def test_another_number_of_ranks_takes_the_same_next_steps(ranks, tmp_path, before):
-    losses, weights = ranks(before)(first_steps, tmp_path, before)[0]
+def test_another_number_of_ranks_takes_the_same_next_steps(ranks, device, tmp_path, before):
+    losses, weights = ranks(before)(first_steps, tmp_path, before, 1, device)[0]
     for after in (1, 2, 4):
-        continued = ranks(after)(next_steps, tmp_path, after) if after > 1 else None
+        continued = ranks(after)(next_steps, tmp_path, after, device) if after > 1 else None
         for found, state in continued or [next_steps(tmp_path, 1)]:
             torch.testing.assert_close(found, losses, rtol=0, atol=1e-10)
             torch.testing.assert_close(state, weights, rtol=0, atol=1e-10)
 
 
 @pytest.mark.world(4)
-def test_replicas_write_once_and_the_files_are_those_of_one_rank(ranks, tmp_path):
-    ranks(4)(first_steps, tmp_path / "grid", 2, 2)
+def test_replicas_write_once_and_the_files_are_those_of_one_rank(ranks, device, tmp_path):
+    ranks(4)(first_steps, tmp_path / "grid", 2, 2, device)
     first_steps(tmp_path / "one", 1)
     for name in FILES[1:3]:
         folders = [tmp_path / run / "step-00000003" for run in ("grid", "one")]
@@ -156,18 +162,18 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, numb
     assert after == before
 
 
-def save_to_a_full_disk(run, tp, dp):
+def save_to_a_full_disk(run, tp, dp, device):
     "What this rank is told, and whether it can go on."
     checkpoint.save_file = fail_after_half
-    groups = ParallelDims(tp=tp, dp=dp).build()
+    groups = ParallelDims(tp=tp, dp=dp).build(device)
     try:
-        save_checkpoint(run, 1, *new(groups.tp_group), groups=groups)
+        save_checkpoint(run, 1, *new(groups.tp_group, device), groups=groups)
         told = None
     except OSError as error:
         told = str(error)
     finally:
         checkpoint.save_file = SAVE_FILE
-    total = torch.ones(())
+    total = torch.ones((), device=device)
     dist.all_reduce(total)
     return told, total.item()
 
@@ -176,8 +182,8 @@ SAVE_FILE = checkpoint.save_file
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2)])
-def test_every_rank_is_told_why(ranks, tmp_path, tp, dp):
-    for told, total in ranks(2)(save_to_a_full_disk, tmp_path, tp, dp):
+def test_every_rank_is_told_why(ranks, device, tmp_path, tp, dp):
+    for told, total in ranks(2)(save_to_a_full_disk, tmp_path, tp, dp, device):
         assert "could not be saved" in told and "No space left on device" in told
         assert total == 2
     assert list(tmp_path.iterdir()) == []

@@ -9,6 +9,7 @@ import math
 import pickle
 import subprocess
 import sys
+import tracemalloc
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,11 @@ def expect_even(counts: np.ndarray) -> None:
     assert square < freedom + SIGMAS * math.sqrt(2 * freedom), counts
 
 
+def places_of(samples: BertSamples) -> np.ndarray:
+    "(num_samples, 3): where each sample lies."
+    return np.stack([samples.places[i] for i in range(len(samples))])
+
+
 # Where samples lie
 
 
@@ -67,7 +73,7 @@ def walk(file: TokenFile, targets: dict[int, int]) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("seq_len", [5, 16, 40, 400])
 def test_windows_are_what_a_walk_through_the_documents_gives(tmp_path, seed, seq_len):
     file = random_file(tmp_path / "x", seed)
-    places = BertSamples(file, numbered_wordpiece(6000), seq_len, None, seed).places
+    places = BertSamples(file, numbered_wordpiece(6000), seq_len, None, seed).places.epoch(0)
     targets = {first: target for first, _, target in places.tolist()}
     expected = walk(file, targets)
     assert sorted(map(tuple, places[:, :2].tolist())) == expected
@@ -78,11 +84,11 @@ def test_epochs_differ_and_each_reads_everything_once(tmp_path):
     file = random_file(tmp_path / "x", 3, documents=200)
     once = BertSamples(file, numbered_wordpiece(30_000), 24)
     long = BertSamples(file, numbered_wordpiece(30_000), 24, 3 * len(once))
-    assert np.array_equal(long.places[: len(once)], once.places)
+    assert np.array_equal(places_of(long)[: len(once)], once.places.epoch(0))
     sizes, sentences = np.diff(file.document_offsets), np.arange(len(file))
     owner = np.repeat(np.arange(len(sizes)), sizes)
     usable = set(sentences[sizes[owner] >= 2].tolist())
-    epochs, rows = [], long.places.tolist()
+    epochs, rows = [], places_of(long).tolist()
     while rows:
         seen, taken = set(), []
         while rows and seen != usable:
@@ -98,7 +104,8 @@ def test_epochs_differ_and_each_reads_everything_once(tmp_path):
 
 def test_one_in_ten_aims_at_fewer_tokens(tmp_path):
     file = numbered_file(tmp_path / "x", [[9] * 40] * 1000)
-    target = BertSamples(file, numbered_wordpiece(400_000), 128, 10_000).places[:, 2]
+    samples = BertSamples(file, numbered_wordpiece(400_000), 128, 10_000)
+    target = places_of(samples)[:, 2]
     assert len(target) == 10_000 and target.min() >= 2 and target.max() == 125
     expect_share((target < 125).sum(), 10_000, 0.1 * 123 / 124)
     expect_mean(target[target < 125], (2 + 124) / 2)
@@ -112,7 +119,7 @@ def test_a_range_of_documents_is_a_corpus_of_its_own(tmp_path):
     tokens = originals(part.batch(range(40)))
     assert set(tokens[tokens >= 5]) == {*range(13, 22), *range(24, 34)}
     train, held_out = split_documents(5, (0.6, 0.4))
-    assert set(BertSamples(file, wordpiece, 16, documents=held_out).places[:, 0]) == {6, 8}
+    assert set(BertSamples(file, wordpiece, 16, documents=held_out).places.epoch(0)[:, 0]) == {6, 8}
 
 
 def test_the_places_of_a_large_corpus_are_found_in_few_calls(tmp_path):
@@ -126,9 +133,35 @@ def test_the_places_of_a_large_corpus_are_found_in_few_calls(tmp_path):
     sys.setprofile(lambda frame, event, arg: calls.append(event))
     try:
         samples = BertSamples(file, wordpiece, 128, 1_000_000)
+        samples.places[999_999]
     finally:
         sys.setprofile(None)
     assert len(calls) < 10_000 and len(samples) == 1_000_000    # a loop over them has a million
+
+
+def test_of_a_long_run_one_epoch_is_held(tmp_path):
+    "All places of these two thousand epochs would take 48 MB."
+    file, wordpiece = numbered_file(tmp_path / "x", [[8] * 40] * 100), numbered_wordpiece(10)
+    tracemalloc.start()
+    samples = BertSamples(file, wordpiece, 32, 2_000_000)
+    for i in range(50_000):
+        samples.places[i]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(samples) == 2_000_000 and len(samples.places.bounds) > 40
+    assert peak < 10 * samples.places.epoch(0).nbytes < 3e5
+
+
+def test_places_are_the_same_in_any_order(tmp_path):
+    "After a stop, and after a look at others, of epochs before and behind."
+    file = random_file(tmp_path / "x", 3)
+    wordpiece = numbered_wordpiece(6000)
+    places = places_of(BertSamples(file, wordpiece, 24, 400))
+    mixed, fresh = (BertSamples(file, wordpiece, 24, 400) for _ in range(2))
+    assert len(mixed.places.epoch(0)) < 100
+    for i in np.random.default_rng(0).permutation(400).tolist():
+        assert np.array_equal(mixed.places[i], places[i])
+    assert np.array_equal(fresh.places[399], places[399])
 
 
 # What samples hold
@@ -202,7 +235,7 @@ def test_every_split_and_each_order_is_equally_likely(tmp_path):
     file = numbered_file(tmp_path / "x", [[5, 5, 5, 5]] * 50)
     samples = BertSamples(file, numbered_wordpiece(2000), 32, 10_000)
     batch = samples.batch(range(10_000))
-    first, end, target = samples.places.T
+    first, end, target = places_of(samples).T
     second = batch["token_types"].argmax(dim=1) - 2         # tokens of the first segment
     whole = second[torch.from_numpy((end - first == 4) & (target >= 20))]
     assert set(whole.tolist()) == {5, 10, 15} and len(whole) > 7000
@@ -248,7 +281,7 @@ def test_the_least_lengths(tmp_path):
     batch = samples.batch(range(300))
     assert (batch["attention_mask"] == 1).all()
     assert ((batch["labels"] != IGNORED).sum(dim=1) == 1).all()     # one word at least is hidden
-    assert set(samples.places[:, 2]) == {2}
+    assert set(places_of(samples)[:, 2]) == {2}
 
 
 def test_special_tokens_of_the_text_are_never_hidden(tmp_path):
@@ -366,7 +399,7 @@ def test_80_10_10(drawn):
 def test_what_is_not_to_be_predicted_is_left_as_it_was(drawn):
     assert not np.isin(drawn.batch["labels"].numpy(), drawn.samples.tokenizer.special_ids).any()
     assert not (hidden(drawn) & ~content(drawn)).any()
-    windows = drawn.samples.places[:300].tolist()
+    windows = places_of(drawn.samples)[:300].tolist()
     file, starts = drawn.samples.token_file, drawn.samples.starts
     for k, (first, end, _) in enumerate(windows):
         text = file.read(int(starts[first]), int(starts[end] - starts[first])).tolist()
@@ -456,7 +489,7 @@ def test_half_are_swapped(drawn):
 
 
 def test_one_in_ten_is_short(drawn):
-    target = drawn.samples.places[:, 2]
+    target = places_of(drawn.samples)[:, 2]
     expect_share((target < 125).sum(), COUNT, 0.1 * 123 / 124)
     used = drawn.batch["attention_mask"].sum(dim=1).numpy() - 3
     assert (used <= target).all()
@@ -517,10 +550,10 @@ def test_the_samples_of_old_checkpoints_stay(tmp_path):
     "A resumed run counts on these numbers: they must not change with the library or with numpy."
     file = numbered_file(tmp_path / "x", [[3, 4, 5, 3], [4, 4], [6, 2, 6]])
     samples = BertSamples(file, numbered_wordpiece(60, every=6), 12, num_samples=8, seed=1)
-    assert samples.places[:6].tolist() == [
+    assert places_of(samples)[:6].tolist() == [
         [4, 6, 9], [0, 4, 9], [6, 9, 9], [0, 4, 9], [6, 9, 9], [4, 6, 9],
     ]
-    assert samples.places[6:].tolist() == [[6, 9, 4], [0, 4, 9]]
+    assert places_of(samples)[6:].tolist() == [[6, 9, 4], [0, 4, 9]]
     assert samples.batch([0, 1, 2])["input_ids"].tolist() == [
         [2, 4, 4, 26, 27, 3, 20, 21, 22, 23, 3, 0],
         [2, 7, 8, 9, 10, 11, 3, 4, 16, 17, 18, 3],

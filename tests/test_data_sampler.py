@@ -163,6 +163,13 @@ def test_ids_outside_the_vocabulary_are_refused(name, token):
         broadcast_batch(batch, None, token_fields())
 
 
+def test_a_bad_id_is_found_before_it_goes_to_another_device():
+    "On a GPU it would end in an assertion of the device. A meta tensor has no numbers to look at."
+    with pytest.raises(ValueError, match="input_ids holds 10; this model knows 0 to 9"):
+        broadcast_batch(spoiled("input_ids", 10), None, token_fields(), "meta")
+    assert broadcast_batch(good_batch(), None, token_fields(), "meta")["labels"].is_meta
+
+
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_bad_id_stops_every_rank_of_the_group(ranks, tp, device):
     def feed(dims, batch):

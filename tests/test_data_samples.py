@@ -1,13 +1,15 @@
 "GPT samples against a walk through the stream in plain Python, and what the order must promise."
 
+import pickle
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_edu.data.gpt2 import GPT2Samples, split_documents
+from megatron_edu.data.gpt2 import GPT2Samples, SampleIndex, split_documents
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 
 
@@ -33,8 +35,18 @@ def rows_of(samples: GPT2Samples) -> np.ndarray:
     return torch.cat([batch["input_ids"], batch["labels"][:, -1:]], dim=1).numpy()
 
 
+def whole_index(samples: GPT2Samples, documents: int) -> SampleIndex:
+    "The three arrays of all epochs that a run reads of, each as one. Places count in that order."
+    epochs = samples.epochs
+    parts = [epochs[e] for e in range(epochs.epoch_of(len(samples) - 1) + 1)]
+    order = [part.documents[-documents:] for part in parts]
+    starts = [part.starts + [max(e - 1, 0) * documents, 0] for e, part in enumerate(parts)]
+    shuffle = [epochs.complete(e) + part.shuffle for e, part in enumerate(parts)]
+    return SampleIndex(*map(np.concatenate, (order, starts, shuffle)))
+
+
 def epochs_of(samples: GPT2Samples, file: TokenFile, per_epoch: int) -> list[list[int]]:
-    order = samples.index.documents.reshape(-1, per_epoch)
+    order = whole_index(samples, per_epoch).documents.reshape(-1, per_epoch)
     return [[token for d in row for token in file[int(d)].tolist()] for row in order]
 
 
@@ -49,11 +61,12 @@ def test_samples_are_what_a_walk_through_the_stream_gives(tmp_path, seed, seq_le
     stream = [token for tokens in epochs for token in tokens]
     cut = [stream[k : k + seq_len + 1] for k in range(0, len(stream) - seq_len, seq_len)]
     rows = rows_of(samples).tolist()
-    assert [cut[k] for k in samples.index.shuffle] == rows
+    shuffle = whole_index(samples, len(file)).shuffle[: len(samples)]
+    assert [cut[k] for k in shuffle] == rows
     done = 0
     for e in range(len(epochs)):
         ready = ((e + 1) * file.num_tokens - 1) // seq_len      # samples that epochs 0..e complete
-        block = samples.index.shuffle[done:ready]
+        block = shuffle[done:ready]
         assert len(set(block)) == len(block)
         if len(samples) >= ready:
             assert sorted(block) == list(range(done, ready))
@@ -64,7 +77,7 @@ def test_neighbours_share_one_token_and_every_label_comes_once(tmp_path):
     file = random_file(tmp_path / "x", 1)
     samples = GPT2Samples(file, seq_len=5)
     rows = rows_of(samples)
-    in_order = rows[np.argsort(samples.index.shuffle)]
+    in_order = rows[np.argsort(samples.epochs[0].shuffle)]
     assert np.array_equal(in_order[:-1, -1], in_order[1:, 0])
     labels = in_order[:, 1:].reshape(-1)
     assert len(set(labels)) == len(labels) == (file.num_tokens - 1) // 5 * 5
@@ -82,10 +95,11 @@ def test_labels_are_inputs_one_token_on(tmp_path):
 
 def test_both_orders_are_shuffled(tmp_path):
     samples = GPT2Samples(numbered_file(tmp_path / "x", [9] * 50), 4, num_samples=300)
-    first, second = samples.index.documents[:50], samples.index.documents[50:100]
+    index = whole_index(samples, 50)
+    first, second = index.documents[:50], index.documents[50:100]
     assert not np.array_equal(first, np.sort(first))
     assert not np.array_equal(first, second)
-    assert not np.array_equal(samples.index.shuffle, np.sort(samples.index.shuffle))
+    assert not np.array_equal(index.shuffle, np.sort(index.shuffle))
 
 
 def test_the_seed_fixes_everything_in_any_process(tmp_path):
@@ -107,8 +121,9 @@ def test_the_seed_fixes_everything_in_any_process(tmp_path):
 def test_the_order_of_old_checkpoints_stays(tmp_path):
     "A resumed run counts on these numbers: they must not change with the library or with numpy."
     samples = GPT2Samples(numbered_file(tmp_path / "x", [3, 4, 5]), 2, num_samples=8, seed=1)
-    assert samples.index.documents.tolist() == [0, 1, 2, 2, 0, 1]
-    assert samples.index.shuffle.tolist() == [1, 4, 0, 3, 2, 7, 6, 5]
+    index = whole_index(samples, 3)
+    assert index.documents.tolist() == [0, 1, 2, 2, 0, 1]
+    assert index.shuffle[:8].tolist() == [1, 4, 0, 3, 2, 7, 6, 5]
 
 
 @pytest.mark.parametrize("short", [1, 40, 71, 200])
@@ -156,11 +171,38 @@ def test_the_arrays_of_a_large_corpus_are_built_in_a_moment(tmp_path):
         document_starts = ends
 
     samples = GPT2Samples(Large(), 128, num_samples=1_500_000)
-    places, offsets = samples.index.starts.T
-    read = sizes[samples.index.documents]
+    index = whole_index(samples, len(sizes))
+    places, offsets = index.starts.T
+    read = sizes[index.documents]
     before = np.append(0, np.cumsum(read))[places]
     assert np.array_equal(before + offsets, 128 * np.arange(len(places)))
     assert ((0 <= offsets) & (offsets < read[places])).all()
+
+
+def test_of_a_long_run_one_epoch_is_held(tmp_path):
+    "The arrays of these thousand epochs would take 72 MB."
+    file = numbered_file(tmp_path / "x", [50] * 1000)
+    tracemalloc.start()
+    samples = GPT2Samples(file, 16, num_samples=3_000_000)
+    samples.batch(range(512))
+    samples.batch(range(100_000, 100_512))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    of_an_epoch = sum(array.nbytes for array in samples.epochs[32])
+    assert peak < 5 * of_an_epoch < 1e6
+
+
+@pytest.mark.parametrize("seq_len", [3, 16])
+def test_samples_are_the_same_in_any_order(tmp_path, seq_len):
+    "After a stop, and after a look at others, of epochs before and behind."
+    file = random_file(tmp_path / "x", 7)
+    count = 5 * file.num_tokens // seq_len
+    rows = rows_of(GPT2Samples(file, seq_len, count))
+    mixed, fresh = GPT2Samples(file, seq_len, count), GPT2Samples(file, seq_len, count)
+    for i in np.random.default_rng(0).permutation(count).tolist():
+        assert np.array_equal(mixed.tokens(i), rows[i])
+    assert np.array_equal(fresh.tokens(count - 1), rows[-1])
+    assert np.array_equal(pickle.loads(pickle.dumps(mixed)).tokens(count - 2), rows[-2])
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_a_split_agrees_with_the_reference(ranks, made, tp):
+def test_a_split_agrees_with_the_reference(cpu_ranks, made, tp):
     folder, tokens, _ = made
-    rows = ranks(tp)(compare_split, tp, folder, first_tokens(tokens))
+    rows = cpu_ranks(tp)(compare_split, tp, folder, first_tokens(tokens))
     wanted = load_model(folder).double().eval().loss(**first_tokens(tokens)).item()
     for row in rows:
         assert row.tp == tp and row.report.passed

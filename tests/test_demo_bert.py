@@ -48,58 +48,58 @@ def made(tmp_path_factory):
 # ------------------------------------------------------------------------------------- likeliest
 
 
-def ask(tp, logits, count, vocab_size):
+def ask(tp, logits, count, vocab_size, device):
     "This rank's answer, whether its logits are as before, and what was gathered."
-    group = ParallelDims(tp=tp).build().tp_group
-    local = logits.chunk(tp, dim=1)[0 if group is None else group.rank()].clone()
+    group = ParallelDims(tp=tp).build(device).tp_group
+    local = logits.chunk(tp, dim=1)[0 if group is None else group.rank()].to(device)
+    before = local.clone()
     with Ledger() as ledger:
-        found = likeliest(local, count, group=group, vocab_size=vocab_size)
-    kept = torch.equal(local, logits.chunk(tp, dim=1)[0 if group is None else group.rank()])
-    return *found, kept, ledger.elements("all_gather")
+        p, ids = likeliest(local, count, group=group, vocab_size=vocab_size)
+    return p.cpu(), ids.cpu(), torch.equal(local, before), ledger.elements("all_gather")
 
 
 @pytest.mark.parametrize("vocab_size", [16, 13, 11, 3])
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_the_likeliest_are_those_of_the_whole_vocabulary(ranks, tp, vocab_size):
+def test_the_likeliest_are_those_of_the_whole_vocabulary(ranks, device, tp, vocab_size):
     logits = torch.randn(6, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     count = min(5, vocab_size)
     p, ids = logits[:, :vocab_size].softmax(-1).topk(count)
-    for found, which, kept, _ in ranks(tp)(ask, tp, logits, count, vocab_size):
+    for found, which, kept, _ in ranks(tp)(ask, tp, logits, count, vocab_size, device):
         torch.testing.assert_close(found, p, rtol=0, atol=1e-10)
         assert torch.equal(which, ids) and kept
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_of_equally_likely_ids_the_lower_comes_first(ranks, tp):
+def test_of_equally_likely_ids_the_lower_comes_first(ranks, device, tp):
     logits = torch.zeros(2, 16)
     logits[1, [3, 9, 14]] = 1.0
-    for _, ids, *_ in ranks(tp)(ask, tp, logits, 4, 16):
+    for _, ids, *_ in ranks(tp)(ask, tp, logits, 4, 16, device):
         assert ids.tolist() == [[0, 1, 2, 3], [3, 9, 14, 0]]
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_what_is_gathered_does_not_grow_with_the_vocabulary(ranks, tp):
+def test_what_is_gathered_does_not_grow_with_the_vocabulary(ranks, device, tp):
     for size in (16, 1600):
-        answers = ranks(tp)(ask, tp, torch.randn(6, size), 3, size)
+        answers = ranks(tp)(ask, tp, torch.randn(6, size), 3, size, device)
         assert {answer[-1] for answer in answers} == {tp * 6 * (2 * 3 + 1)}
 
 
 # ------------------------------------------------------------------------------------- fill_mask
 
 
-def fill_on_ranks(tp, folder, tokenizer, count):
-    model = load_model(folder, ParallelDims(tp=tp).build().tp_group).double()
+def fill_on_ranks(tp, folder, tokenizer, count, device):
+    model = load_model(folder, ParallelDims(tp=tp).build(device).tp_group).to(device).double()
     return fill_mask(model, tokenizer, HOLES, count)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_holes_are_filled_from_all_logits(ranks, made, tp):
+def test_holes_are_filled_from_all_logits(ranks, device, made, tp):
     folder, _, tokenizer = made
     model = load_model(folder).double().eval()
     ids = [tokenizer.cls_id, *tokenizer.encode(HOLES), tokenizer.sep_id]
     logits = model(torch.tensor([ids]))[0][0, [k for k, i in enumerate(ids) if i == 4]]
     p, best = logits[:, : tokenizer.vocab_size].softmax(-1).topk(4)
-    for holes in ranks(tp)(fill_on_ranks, tp, folder, tokenizer, 4):
+    for holes in ranks(tp)(fill_on_ranks, tp, folder, tokenizer, 4, device):
         assert [[token for token, _ in hole] for hole in holes] == [
             [tokenizer.core.id_to_token(i) for i in row] for row in best.tolist()
         ]
@@ -190,11 +190,11 @@ def test_a_riddle_as_text():
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_a_split_agrees_with_the_reference(ranks, made, tp):
+def test_a_split_agrees_with_the_reference(cpu_ranks, made, tp):
     folder, tokens, tokenizer = made
     batch = first_samples(tokens, tokenizer)
     assert (batch["attention_mask"] == 0).any() and batch["sentence_order"].shape == (4,)
-    rows = ranks(tp)(compare_split, tp, folder, batch)
+    rows = cpu_ranks(tp)(compare_split, tp, folder, batch)
     wanted = load_model(folder).double().eval().loss(**batch).item()
     for row in rows:
         assert row.tp == tp and row.report.passed

@@ -57,14 +57,14 @@ def plan(out, model=TINY, tp=1, dp=1, optimizer=RECIPE, **settings) -> TrainConf
     return TrainConfig(model, run, optimizer, ParallelDims(tp=tp, dp=dp))
 
 
-def run_here(config, prefix):
+def run_here(config, prefix, device="cpu"):
     "Train on every rank of the grid; each rank's model."
-    return train(config, TokenFile(prefix), config.parallel.build())
+    return train(config, TokenFile(prefix), config.parallel.build(device), device)
 
 
-def run_quietly(config, prefix):
+def run_quietly(config, prefix, device):
     "The same, without a result."
-    run_here(config, prefix)
+    run_here(config, prefix, device)
 
 
 def losses(out) -> list[float]:
@@ -125,12 +125,14 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(tmp_path, tokens, cap
 
 
 @pytest.mark.parametrize(("tp", "dp", "then"), [(2, 1, (1, 2)), (1, 2, (2, 1)), (2, 1, (1, 1))])
-def test_a_resumed_run_on_another_grid_has_the_same_losses(ranks, tmp_path, tokens, tp, dp, then):
-    whole = tmp_path / "whole"
-    ranks(2)(run_quietly, plan(whole, tp=tp, dp=dp), tokens)
+def test_a_resumed_run_on_another_grid_has_the_same_losses(
+    ranks, device, tmp_path, tokens, tp, dp, then
+):
+    whole, data = tmp_path / "whole", (tokens, device)
+    ranks(2)(run_quietly, plan(whole, tp=tp, dp=dp), *data)
     copy = stopped_after_three(whole, tmp_path / "copy")
     config = plan(copy, tp=then[0], dp=then[1], resume="auto")
-    run_here(config, tokens) if then == (1, 1) else ranks(2)(run_quietly, config, tokens)
+    run_here(config, *data) if then == (1, 1) else ranks(2)(run_quietly, config, *data)
     assert losses(copy)[:3] == losses(whole)[:3]
     assert losses(copy) == pytest.approx(losses(whole), abs=2e-5)
     same_weights(whole / "step-00000006", copy / "step-00000006", atol=1e-4)
@@ -162,10 +164,11 @@ def test_going_on_uses_the_samples_that_are_left(tmp_path, tokens, monkeypatch):
 
 
 @pytest.mark.parametrize("dp", [1, 2])
-def test_micro_batches_add_up_to_the_batch(ranks, tmp_path, tokens, dp):
-    run_here(plan(tmp_path / "whole"), tokens)
+def test_micro_batches_add_up_to_the_batch(ranks, device, tmp_path, tokens, dp):
+    data = tokens, device
+    run_here(plan(tmp_path / "whole"), *data)
     config = plan(tmp_path / "micro", dp=dp, micro_batch=1)
-    run_here(config, tokens) if dp == 1 else ranks(2)(run_quietly, config, tokens)
+    run_here(config, *data) if dp == 1 else ranks(2)(run_quietly, config, *data)
     assert losses(tmp_path / "micro") == pytest.approx(losses(tmp_path / "whole"), abs=2e-5)
     same_weights(tmp_path / "whole/step-00000006", tmp_path / "micro/step-00000006", atol=1e-4)
 
@@ -180,11 +183,12 @@ def test_bf16_multiplies_coarsely_and_keeps_fp32_weights(tmp_path, tokens):
 
 
 @pytest.mark.parametrize("dp", [1, 2])
-def test_nan_stops_names_the_step_and_keeps_the_checkpoint(ranks, tmp_path, tokens, dp):
+def test_nan_stops_names_the_step_and_keeps_the_checkpoint(ranks, device, tmp_path, tokens, dp):
     config = plan(tmp_path, dp=dp, optimizer=OptimizerConfig(lr=3e38, warmup_steps=0), save_every=1)
     message = "step 2: loss nan.* weights are those of step 1.*step-00000001; lower the learning"
     with pytest.raises((FloatingPointError, RuntimeError), match=message):
-        run_here(config, tokens) if dp == 1 else ranks(2)(run_quietly, config, tokens)
+        data = tokens, device
+        run_here(config, *data) if dp == 1 else ranks(2)(run_quietly, config, *data)
     assert len(losses(tmp_path)) == 1 and math.isfinite(losses(tmp_path)[0])
     assert latest_checkpoint(tmp_path).name == "step-00000001"
     load_model(latest_checkpoint(tmp_path))
@@ -244,9 +248,9 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(tmp_path, tokens, numb
     assert load_state(latest_checkpoint(tmp_path)) == {"step": step, "consumed": 4 * step}
 
 
-def interrupt_the_second(config, prefix):
+def interrupt_the_second(config, prefix, device):
     "Ctrl-C reaches the second rank alone, in its second step."
-    groups, steps = config.parallel.build(), []
+    groups, steps = config.parallel.build(device), []
     real = loop.seed_replica
 
     def counted(*numbers):
@@ -257,14 +261,14 @@ def interrupt_the_second(config, prefix):
 
     loop.seed_replica = counted
     try:
-        train(config, TokenFile(prefix), groups)
+        train(config, TokenFile(prefix), groups, device)
     finally:
         loop.seed_replica = real
     return len(steps)
 
 
-def test_all_ranks_stop_where_one_is_interrupted(ranks, tmp_path, tokens):
-    assert ranks(2)(interrupt_the_second, plan(tmp_path, tp=2), tokens) == [2, 2]
+def test_all_ranks_stop_where_one_is_interrupted(ranks, device, tmp_path, tokens):
+    assert ranks(2)(interrupt_the_second, plan(tmp_path, tp=2), tokens, device) == [2, 2]
     assert latest_checkpoint(tmp_path).name == "step-00000002"
 
 
@@ -277,21 +281,22 @@ def test_handlers_are_put_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def held_out(config, prefix) -> float:
+def held_out(config, prefix, device) -> float:
     "Validation loss of the initial model on a grid."
-    groups = config.parallel.build()
-    data = Data.open(TokenFile(prefix), config, groups, torch.device("cpu"))
-    model = build_model(config.model, groups.tp_group)
+    groups = config.parallel.build(device)
+    data = Data.open(TokenFile(prefix), config, groups, torch.device(device))
+    model = build_model(config.model, groups.tp_group).to(device)
     found = validate(model, data)
     assert model.training and validate(model, data) == found
     return found["val_loss"]
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(1, 1), (2, 1), (1, 2)])
-def test_validation_loss_is_the_mean_over_the_held_out_documents(ranks, tmp_path, tokens, tp, dp):
-    config = plan(tmp_path, DROPOUT, tp=tp, dp=dp)
-    one = tp * dp == 1
-    found = held_out(config, tokens) if one else ranks(2)(held_out, config, tokens)[1]
+def test_validation_loss_is_the_mean_over_the_held_out_documents(
+    ranks, device, tmp_path, tokens, tp, dp
+):
+    config, data = plan(tmp_path, DROPOUT, tp=tp, dp=dp), (tokens, device)
+    found = ranks(tp * dp)(held_out, config, *data)[-1]
     batch = GPT2Samples(TokenFile(tokens), 16, 8, 1, range(18, 20)).batch(range(8))
     model = reference.GPT2(DROPOUT).eval()
     expected = model.loss(batch["input_ids"], batch["labels"]).item()

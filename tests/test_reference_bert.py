@@ -170,6 +170,22 @@ def test_transformers_has_the_same_outputs_losses_and_gradients(shape, layer_nor
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=ATOL)
 
 
+def test_what_the_loss_does_not_use_has_a_gradient_of_0():
+    "Without an order of sentences that is all its head has."
+    model = shaken(SMALL)
+    data = batch(SMALL)
+    del data["sentence_order"]
+    found = answer(model, **data)
+    model.loss(**data).backward()
+    head = {name for name in found.gradients if name.startswith(("pooler.", "sop."))}
+    assert {name for name, p in model.named_parameters() if p.grad is None} == head != set()
+    for name, parameter in model.named_parameters():
+        want = torch.zeros_like(parameter) if name in head else parameter.grad
+        assert torch.equal(found.gradients[name], want)
+    squares = sum(gradient.square().sum() for gradient in found.gradients.values())
+    torch.testing.assert_close(found.norm, squares.sqrt(), rtol=0, atol=ATOL)
+
+
 @pytest.mark.parametrize("layer_norm", ["pre", "post"])
 def test_transformers_own_loss(layer_norm):
     "It computes in the type of its logits, over all columns: without padding of the vocabulary."

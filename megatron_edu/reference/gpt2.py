@@ -240,7 +240,7 @@ class Answer(NamedTuple):
     "What a step of the reference gives, for a sharded model to equal."
 
     loss: torch.Tensor                      # scalar
-    gradients: dict[str, torch.Tensor]      # by parameter name, full shapes
+    gradients: dict[str, torch.Tensor]      # by parameter name, full shapes; 0 for an unused one
     norm: torch.Tensor                      # scalar: 2-norm over all gradients
 
 
@@ -253,7 +253,10 @@ def answer(
     model.zero_grad()
     loss = model.loss(*batch, **more)
     loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
     norms = [torch.linalg.vector_norm(gradient) for gradient in gradients.values()]
     model.zero_grad()
     return Answer(loss.detach(), gradients, torch.linalg.vector_norm(torch.stack(norms)))
