@@ -382,6 +382,15 @@ def test_masks_fall_evenly_on_a_row(drawn):
         expect_mean(a - b)
 
 
+def test_another_token_is_any_ordinary_one():
+    "The first, the last and those between, equally likely."
+    ids, ordinary = np.zeros(60_000, int), np.array([5, 6, 9])
+    bert.hide(ids, np.arange(len(ids)), 4, ordinary, np.random.default_rng(0))
+    found, counts = np.unique(ids[(ids != 0) & (ids != 4)], return_counts=True)
+    assert found.tolist() == ordinary.tolist()
+    expect_even(counts)
+
+
 def test_80_10_10(drawn):
     masked = hidden(drawn)
     shown, label = drawn.batch["input_ids"].numpy()[masked], drawn.batch["labels"].numpy()[masked]
