@@ -123,18 +123,22 @@ def test_the_sentence_order_says_nothing(ranks, device, tp):
         assert of_tokens == {("backward", "all_reduce", "tp", "float64", MASKED * WIDTH): 1}
 
 
-def nothing_counted(tp, device):
+def nothing_counted(tp, by, device):
     model, _ = pair(config(num_layers=1), groups(tp, 1, device).tp_group, device=device)
     data = batch(config(), ROWS, LENGTH, device=device)
-    data["labels"][:] = -100
+    if by == "label":
+        data["labels"][:] = -100
+    else:
+        data["loss_mask"] = torch.zeros_like(data["labels"])
     with Ledger() as ledger:
         model.loss(**data).backward()
     return counted(ledger)
 
 
 @pytest.mark.parametrize("tp", [2])
-def test_where_nothing_is_counted_the_loss_says_nothing(ranks, device, tp):
-    for found in ranks(tp)(nothing_counted, tp, device):
+@pytest.mark.parametrize("by", ["label", "mask"])
+def test_where_nothing_is_counted_the_loss_says_nothing(ranks, device, tp, by):
+    for found in ranks(tp)(nothing_counted, tp, by, device):
         assert found == {
             ("forward", "all_reduce", "tp", "float64", ACTIVATION): 2 + 1,
             ("backward", "all_reduce", "tp", "float64", ACTIVATION): 2,

@@ -89,6 +89,12 @@ def test_pieces_that_go_on_with_a_word_are_known(wordpiece):
     assert (~wordpiece.continues[ids]).sum() == 4 < len(ids)
 
 
+def test_only_what_begins_with_the_mark_goes_on():
+    vocab = {token: i for i, token in enumerate([*SPECIAL, "a##", "##b", "a##b", "#", "###"])}
+    found = WordPiece(uncased(models.WordPiece(vocab, unk_token="[UNK]")))
+    assert found.continues.tolist() == [False] * 5 + [False, True, False, False, True]
+
+
 def test_training_is_deterministic(wordpiece, documents):
     program = (
         "import hashlib; from itertools import islice;"
@@ -111,6 +117,8 @@ def test_sizes_of_a_trained_vocabulary(wordpiece):
     assert wordpiece.vocab_size == 1000
     small = train_wordpiece(["ab ab ba"], 1000)
     assert set(small.core.get_vocab()) == {*SPECIAL, "a", "b", "##a", "##b", "ab", "ba"}
+    first_alone = train_wordpiece(["ab"], 1000)     # no word goes on with its a
+    assert set(first_alone.core.get_vocab()) == {*SPECIAL, "a", "b", "##b", "ab"}
     least = train_wordpiece(["ab ab ba"], 9)
     assert set(least.core.get_vocab()) == {*SPECIAL, "a", "b", "##a", "##b"}
     with pytest.raises(ValueError, match=r"vocab_size 8 is too small.*need 9; give that or more"):

@@ -330,13 +330,14 @@ def renamed(folder, tmp_path, change):
 
 
 def old_names(tensors):
-    "As bert-base-uncased was published: gamma and beta; and with a buffer of an older release."
+    "As bert-base-uncased was published: gamma and beta; and with buffers of older releases."
     found = {}
     for name, tensor in tensors.items():
         name = name.replace("LayerNorm.weight", "LayerNorm.gamma")
         found[name.replace("LayerNorm.bias", "LayerNorm.beta")] = tensor
     assert found.keys() != tensors.keys()
-    return found | {"bert.embeddings.position_ids": torch.arange(17)[None]}
+    buffers = {"position_ids": torch.arange(17)[None], "token_type_ids": torch.zeros(1, 17).long()}
+    return found | {f"bert.embeddings.{name}": buffer for name, buffer in buffers.items()}
 
 
 def second_names(tensors):

@@ -149,6 +149,6 @@ def test_the_papers_recipe():
     "Section 4.2: 2 M steps of 1,024 samples, 1e-4 after 10,000 steps, falling in a line to 0."
     found = recipe(MODEL, Path("run"))
     assert (found.run.steps, found.run.batch_size) == (2_000_000, 1024)
-    rates = found.optimizer
-    assert (rates.lr, rates.min_lr) == (1e-4, 0.0)
-    assert (rates.warmup_steps, rates.decay) == (10_000, "linear")
+    assert found.optimizer == OptimizerConfig(
+        lr=1e-4, min_lr=0.0, warmup_steps=10_000, decay="linear"
+    )
