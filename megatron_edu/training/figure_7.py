@@ -32,15 +32,15 @@ class Case:
     peak: float = PEAK      # learning rate
     scaled: bool = True     # initial weights before residual adds
     orders: tuple[str, ...] = ("post", "pre")
-    aside: bool = False     # only with the first seed
+    one_seed: bool = False  # only the first
 
 
 CASES: dict[str, Case] = {
     "12 layers": Case(12),
     "24 layers": Case(24),
-    "24 layers, not scaled": Case(24, scaled=False, aside=True),
-    "24 layers, lr 3e-4": Case(24, peak=3e-4, aside=True),
-    "24 layers, warm-up of 200": Case(24, warmup=200, orders=("post",), aside=True),
+    "24 layers, not scaled": Case(24, scaled=False, one_seed=True),
+    "24 layers, lr 3e-4": Case(24, peak=3e-4, one_seed=True),
+    "24 layers, warm-up of 200": Case(24, warmup=200, orders=("post",), one_seed=True),
 }
 
 # %% ../../nbs/6_training/12_figure_7.ipynb #66274ffa
@@ -132,7 +132,7 @@ def load_runs(
 
 # %% ../../nbs/6_training/12_figure_7.ipynb #f3e13dbb
 COLORS = {"post": "#e45756", "pre": "#4c78a8"}
-LOOKS = (0, 2, 5, -1)       # of the looks at the layers, those that are drawn
+LOOKS = (0, 2, 5, -1)       # of the looks at the layers, those that are drawn; -1: the last
 
 
 def draw_losses(
@@ -190,7 +190,7 @@ def experiment(config: ExperimentConfig) -> list[Run]:
     for name in config.cases:
         case = CASES[name]
         for order in case.orders:
-            for seed in config.seeds[: 1 if case.aside else None]:
+            for seed in config.seeds[: 1 if case.one_seed else None]:
                 run = run_case(text, name, order, seed, config.steps)
                 runs.append(run)
                 save_runs(config, runs)
