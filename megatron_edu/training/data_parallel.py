@@ -33,6 +33,9 @@ class DataParallel:
     The average is the gradient of the global batch when every replica passes to `losses` the
     counts of the global batch / replicas, as `num_tokens` and, for a BERT, `num_samples`. All begin
     with the weights of the first replica. Without a group, or with one rank, it is the model alone.
+
+    Every parameter must take part in every step: else DDP leaves gradients without their average
+    in the first step, and stops in the second. So on replicas a BERT needs `sentence_order`.
     """
 
     def __init__(
