@@ -1,5 +1,6 @@
 "What a BERT's run does with a batch: losses, gradients and validation are the reference's."
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from megatron_edu.data.tokenizer import train_tokenizer
 from megatron_edu.mesh import ParallelDims, ParallelGroups
 from megatron_edu.reference.gpt2 import answer
 from megatron_edu.tensor_parallel.shard import shard_state_dict
+from megatron_edu.training.journal import Journal
 from megatron_edu.training.loop import begin_run
 from megatron_edu.training.optimizer import OptimizerConfig
 from megatron_edu.training.run import Data, RunConfig, TrainConfig, recipe
@@ -41,7 +43,7 @@ def sentences(tmp_path_factory) -> Path:
 
 def plan(model=MODEL, tp=1, dp=1, **settings) -> TrainConfig:
     given = {"steps": 3, "batch_size": 8, "eval_batches": 2, "validation": 0.2, "seed": SEED}
-    run = RunConfig(Path("run"), **{**given, **settings})
+    run = RunConfig(**{"out": Path("run"), **given, **settings})
     return TrainConfig(model, run, OptimizerConfig(), ParallelDims(tp=tp, dp=dp))
 
 
@@ -119,6 +121,29 @@ def test_validation_is_the_references(ranks, device, sentences, tp, dp, micro_ba
     settings = plan(dropout, tp, dp, micro_batch=micro_batch)
     for found, again, training in ranks(tp * dp)(held_out, settings, sentences, device):
         assert found == pytest.approx(want, rel=1e-5) and again == found and training
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_both_losses_are_shown(sentences, tmp_path, monkeypatch, capsys, terminal):
+    "On a terminal and elsewhere, with the very numbers of a step."
+    screen = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    settings = plan(out=tmp_path)
+    numbers = begin(settings, sentences, "cpu").advance()
+    assert numbers["loss"] == pytest.approx(numbers["mlm_loss"] + numbers["sop_loss"])
+    journal = Journal(settings, 0, active=True)
+    journal.write(1, 0.1, **numbers)
+    journal.close()
+    wanted = "loss {loss:.3f} (mlm {mlm_loss:.3f}, sop {sop_loss:.3f}) lr "
+    if not terminal:
+        wanted = "  loss {loss:.4f} (mlm {mlm_loss:.4f}, sop {sop_loss:.4f})  lr "
+    shown = screen.getvalue() if terminal else capsys.readouterr().out
+    assert wanted.format(**numbers) in shown
 
 
 def test_samples_follow_the_configuration(sentences):
