@@ -12,6 +12,7 @@ from bert_data_cases import numbered_wordpiece, random_file
 from gpt2_cases import shake
 
 from megatron_edu import reference
+from megatron_edu.config import PRESETS
 from megatron_edu.data.bert import BertSamples
 from megatron_edu.data.gpt2 import split_documents
 from megatron_edu.data.token_file import TokenFile
@@ -29,6 +30,7 @@ SIZE, SEED = 700, 3
 FREQUENT = 522      # a token that is to be predicted more than once in what is held out
 WORDS = numbered_wordpiece(SIZE, every=4)
 MODEL = config(vocab_size=SIZE, max_seq_len=24, num_token_types=2)
+PAPERS = [name for name in PRESETS if not name.endswith(("tiny", "laptop"))]
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 on_grids = pytest.mark.parametrize(("tp", "dp"), GRIDS)
 
@@ -177,3 +179,12 @@ def test_the_papers_recipe():
     rates = found.optimizer
     assert (rates.lr, rates.min_lr) == (1e-4, 0.0)
     assert (rates.warmup_steps, rates.decay) == (10_000, "linear")
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipe_for_both_models(name):
+    "Section 4.2: clipping, weight decay, dropout, activations recomputed after every layer."
+    found = recipe(PRESETS[name], Path("run"))
+    assert (found.optimizer.clip, found.optimizer.weight_decay) == (1.0, 0.01)
+    assert (found.model.dropout, found.model.recompute) == (0.1, True)
+    assert found.run.precision == "fp32"        # runs on every device; see `recipe`
