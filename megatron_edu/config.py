@@ -132,13 +132,15 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 # %% ../nbs/2_reference/01_config.ipynb #0e54d027
 def _gpt2(num_layers: int, hidden_size: int, num_heads: int) -> GPT2Config:
-    "GPT-2's vocabulary and sequence length with another shape."
-    return GPT2Config(num_layers, hidden_size, num_heads, vocab_size=50_257, max_seq_len=1024)
+    "GPT-2's vocabulary and sequence length with another shape; recomputes, as the paper (4.2)."
+    sizes = num_layers, hidden_size, num_heads
+    return GPT2Config(*sizes, vocab_size=50_257, max_seq_len=1024, recompute=True)
 
 
 def _bert(num_layers: int, hidden_size: int, num_heads: int) -> BertConfig:
-    "BERT's uncased vocabulary and sequence length with another shape."
-    return BertConfig(num_layers, hidden_size, num_heads, vocab_size=30_522, max_seq_len=512)
+    "BERT's uncased vocabulary and sequence length with another shape; recomputes, too."
+    sizes = num_layers, hidden_size, num_heads
+    return BertConfig(*sizes, vocab_size=30_522, max_seq_len=512, recompute=True)
 
 
 PRESETS: dict[str, ModelConfig] = {

@@ -11,11 +11,12 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from . import reference
-from .comm import all_reduce, group_size
+from .comm import all_reduce, group_rank, group_size
 from .config import BertConfig, ModelConfig
-from .models.bert import Bert
+from .models.bert import Bert, TokenHead
 from .mutants import Mutant, Subject, mutant
 from .tensor_parallel.mappings import copy_to_tp, reduce_from_tp
 
@@ -90,12 +91,31 @@ def types_added_on_every_rank(real, model, config, group=None, **options):
     model.token_types.register_forward_hook(lambda table, ids, rows: reduce_from_tp(rows, group))
 
 # %% ../nbs/4_models/07_bert_mutants.ipynb #b4a563bf
-@_mutant("models.bert.linear_cross_entropy",
-         "token bias: added on every rank", "a bias is added once")
-def token_bias_on_every_rank(real, *batch, bias, group, **options):
-    return real(*batch, bias=bias * group_size(group), group=group, **options)
+class _WholeBias(TokenHead):
+    "Its bias is whole on every rank; who asks for it gets the slice of rank `place`."
+
+    def __init__(self, config, group, place):
+        super().__init__(config, group)
+        self.place, self.shard_rules = place, {}
+        self.bias = nn.Parameter(torch.zeros(config.padded_vocab_size))
+
+    def __getattr__(self, name):
+        found = super().__getattr__(name)
+        return found.chunk(group_size(self.group))[self.place] if name == "bias" else found
 
 
+@_mutant("models.bert.TokenHead",
+         "token bias: whole, and every rank adds the first slice", "a rank adds its own slice")
+def token_bias_first_slice(real, config, group=None):
+    return _WholeBias(config, group, place=0)
+
+
+@_mutant("models.bert.TokenHead",
+         "token bias: whole, gradient of the own slice alone", "replicated gradients are complete")
+def token_bias_own_gradient(real, config, group=None):
+    return _WholeBias(config, group, place=group_rank(group))
+
+# %% ../nbs/4_models/07_bert_mutants.ipynb #39844da1
 @_mutant("models.bert.Bert.__init__",
          "token bias: gradient summed over ranks", "the bias is split as the vocabulary is")
 def token_bias_summed(real, model, config, group=None, **options):

@@ -264,6 +264,15 @@ def test_a_preset_of_bert_brings_its_recipe(preset):
         assert (rates.lr, rates.warmup_steps) == (1e-4, 10_000)
 
 
+@pytest.mark.parametrize("preset", ["gpt2-355m", "bert-336m"])
+def test_what_the_recipe_leaves_to_the_device_can_be_chosen(preset):
+    options = f"--preset {preset} --no-recompute --precision bf16 --data x --out y".split()
+    default = cli_train.preset_arguments(cli_train.choose_preset(options))
+    found = cli_train.parse("train", cli_train.TrainArguments, options, default).config
+    assert (default.config.model.recompute, default.config.run.precision) == (True, "fp32")
+    assert (found.model.recompute, found.run.precision) == (False, "bf16")
+
+
 def arguments(*options):
     "What `train` is told, as far as it looks for tokens."
     return tyro.cli(

@@ -133,6 +133,12 @@ def test_the_trained_8_billion_model_has_other_heads():
     assert replace(config, num_heads=32) == PRESETS["gpt2-8.3b"]
 
 
+def test_models_of_the_papers_sizes_recompute():
+    "As the paper's; the small ones fit anyway, and are quicker without."
+    kept = [name for name, config in PRESETS.items() if not config.recompute]
+    assert kept == ["tiny", "laptop", "bert-tiny", "bert-laptop"]
+
+
 def test_the_first_gpt2_without_padding():
     assert replace(PRESETS["gpt2-124m"], vocab_multiple=1).num_parameters() == 124_439_808
 

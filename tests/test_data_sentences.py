@@ -1,6 +1,8 @@
 "Sentences: found in any layout, none of the text lost, and kept in the token file."
 
 import random
+import subprocess
+import sys
 import textwrap
 import tracemalloc
 from itertools import islice
@@ -81,6 +83,33 @@ def test_the_layout_changes_no_sentence(width, per_paragraph):
         blocks = [known[k : k + per_paragraph] for k in range(0, len(known), per_paragraph)]
         text = between.join(textwrap.fill(" ".join(block), width) for block in blocks)
         assert [" ".join(found.split()) for found in sentences(text)] == known
+
+
+OFFLINE = """
+import os, resource, socket
+
+class Refused(socket.socket):
+    def __init__(self, *args, **kwargs):
+        raise OSError("no network here")
+
+socket.socket = Refused
+from megatron_edu.data.sentences import sentences
+
+# The library is compiled and would not ask Python for a socket: from here on nobody opens anything.
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+try:
+    os.pipe()
+except OSError:
+    print(list(sentences("Mr. Smith paid 3.50 to Dr. Jones.\\nHe left. We ate.")))
+"""
+
+
+def test_sentences_need_no_network():
+    "Neither when the library is imported, nor when it reads: no model is fetched, no file opened."
+    command = [sys.executable, "-c", OFFLINE]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    expected = ["Mr. Smith paid 3.50 to Dr. Jones.", "He left.", "We ate."]
+    assert done.stdout == f"{expected}\n"
 
 
 def test_a_cut_document_spoils_one_sentence_a_cut(tmp_path):

@@ -151,13 +151,19 @@ def test_their_answers_on_any_number_of_ranks(ranks, device, tmp_path, tp, layer
     compare([each[1:] for each in found], model)
 
 
-def write(tp, device, own, folder):
+def shaken(tp, device, own):
+    "A model of ours in which no bias is 0 and no LayerNorm 1."
     model = Bert(own, group_of(tp, device)).to(device)
     full = gather_state_dict(model)
     for name, tensor in full.items():   # shaken alike on all ranks, each takes its slice below
         generator = torch.Generator().manual_seed(len(name))
         tensor += 0.2 * torch.randn(tensor.shape, generator=generator).to(device)
     model.load_state_dict(shard_state_dict(full, model))
+    return model
+
+
+def write(tp, device, own, folder):
+    model = shaken(tp, device, own)
     save_huggingface(model, folder)
     full = {name: tensor.cpu() for name, tensor in gather_state_dict(model).items()}
     return full, answer(model, device)
@@ -176,6 +182,44 @@ def test_they_read_what_any_number_of_ranks_wrote(ranks, device, tmp_path, tp, l
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert transformers.AutoModelForPreTraining.from_pretrained(folder).__class__ is kind
     compare([answers for _, answers in found], model.eval())
+
+
+def write_trunk(tp, device, own, folder):
+    "Hidden states and the pooled first token of what is written, as our model gives them."
+    model = shaken(tp, device, own)
+    save_huggingface(model, folder)
+    model, data = model.double().eval(), rows(device)
+    with torch.no_grad():
+        x = model.hidden_states(data["input_ids"], data["token_types"], data["attention_mask"])
+        return x.cpu(), torch.tanh(model.pooler(x[:, 0])).cpu()
+
+
+HEADS = {       # what a folder holds besides the trunk
+    "cls.predictions.bias", "cls.predictions.transform.dense.weight",
+    "cls.predictions.transform.dense.bias", "cls.predictions.transform.LayerNorm.weight",
+    "cls.predictions.transform.LayerNorm.bias", "cls.seq_relationship.weight",
+    "cls.seq_relationship.bias",
+}
+
+
+@kinds
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_their_trunk_reads_what_we_wrote(ranks, device, tmp_path, tp, layer_norm):
+    "Without heads, as one takes a BERT to fine-tune it: `BertModel`, `MegatronBertModel`."
+    own = config(layer_norm=layer_norm, ffn_hidden_size=52)
+    found = ranks(tp)(write_trunk, tp, device, own, tmp_path / "new")
+    model, report = TRUNK[layer_norm].from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert set(report["unexpected_keys"]) == HEADS
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    data = rows()
+    there = model.double().eval()(
+        data["input_ids"],
+        token_type_ids=data["token_types"],
+        attention_mask=data["attention_mask"],
+    )
+    for x, pooled in found:
+        torch.testing.assert_close(x, there.last_hidden_state, rtol=0, atol=1e-10)
+        torch.testing.assert_close(pooled, there.pooler_output, rtol=0, atol=1e-10)
 
 
 def gradients(tp, device, folder):

@@ -1,5 +1,6 @@
 "What a BERT's run does with a batch: losses, gradients and validation are the reference's."
 
+import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from bert_data_cases import numbered_wordpiece, random_file
 from gpt2_cases import shake
 
 from megatron_edu import reference
+from megatron_edu.config import PRESETS
 from megatron_edu.data.bert import BertSamples
 from megatron_edu.data.gpt2 import split_documents
 from megatron_edu.data.token_file import TokenFile
@@ -18,6 +20,7 @@ from megatron_edu.data.tokenizer import train_tokenizer
 from megatron_edu.mesh import ParallelDims, ParallelGroups
 from megatron_edu.reference.gpt2 import answer
 from megatron_edu.tensor_parallel.shard import shard_state_dict
+from megatron_edu.training.journal import Journal
 from megatron_edu.training.loop import begin_run
 from megatron_edu.training.optimizer import OptimizerConfig
 from megatron_edu.training.run import Data, RunConfig, TrainConfig, recipe
@@ -27,6 +30,7 @@ SIZE, SEED = 700, 3
 FREQUENT = 522      # a token that is to be predicted more than once in what is held out
 WORDS = numbered_wordpiece(SIZE, every=4)
 MODEL = config(vocab_size=SIZE, max_seq_len=24, num_token_types=2)
+PAPERS = [name for name in PRESETS if not name.endswith(("tiny", "laptop"))]
 GRIDS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 on_grids = pytest.mark.parametrize(("tp", "dp"), GRIDS)
 
@@ -41,7 +45,7 @@ def sentences(tmp_path_factory) -> Path:
 
 def plan(model=MODEL, tp=1, dp=1, **settings) -> TrainConfig:
     given = {"steps": 3, "batch_size": 8, "eval_batches": 2, "validation": 0.2, "seed": SEED}
-    run = RunConfig(Path("run"), **{**given, **settings})
+    run = RunConfig(**{"out": Path("run"), **given, **settings})
     return TrainConfig(model, run, OptimizerConfig(), ParallelDims(tp=tp, dp=dp))
 
 
@@ -121,6 +125,29 @@ def test_validation_is_the_references(ranks, device, sentences, tp, dp, micro_ba
         assert found == pytest.approx(want, rel=1e-5) and again == found and training
 
 
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_both_losses_are_shown(sentences, tmp_path, monkeypatch, capsys, terminal):
+    "On a terminal and elsewhere, with the very numbers of a step."
+    screen = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    settings = plan(out=tmp_path)
+    numbers = begin(settings, sentences, "cpu").advance()
+    assert numbers["loss"] == pytest.approx(numbers["mlm_loss"] + numbers["sop_loss"])
+    journal = Journal(settings, 0, active=True)
+    journal.write(1, 0.1, **numbers)
+    journal.close()
+    wanted = "loss {loss:.3f} (mlm {mlm_loss:.3f}, sop {sop_loss:.3f}) lr "
+    if not terminal:
+        wanted = "  loss {loss:.4f} (mlm {mlm_loss:.4f}, sop {sop_loss:.4f})  lr "
+    shown = screen.getvalue() if terminal else capsys.readouterr().out
+    assert wanted.format(**numbers) in shown
+
+
 def test_samples_follow_the_configuration(sentences):
     "Seed, length, number and documents of both parts."
     data = Data.open(TokenFile(sentences), plan(), ParallelGroups(ParallelDims()), "cpu", WORDS)
@@ -152,3 +179,12 @@ def test_the_papers_recipe():
     assert found.optimizer == OptimizerConfig(
         lr=1e-4, min_lr=0.0, warmup_steps=10_000, decay="linear"
     )
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_recipe_for_both_models(name):
+    "Section 4.2: clipping, weight decay, dropout, activations recomputed after every layer."
+    found = recipe(PRESETS[name], Path("run"))
+    assert (found.optimizer.clip, found.optimizer.weight_decay) == (1.0, 0.01)
+    assert (found.model.dropout, found.model.recompute) == (0.1, True)
+    assert found.run.precision == "fp32"        # runs on every device; see `recipe`

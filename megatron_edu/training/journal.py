@@ -41,12 +41,13 @@ def _keep_lines(run: Path, step: int) -> None:
         aside.write_text("".join(kept))
 
 
-def _losses(numbers: dict, start: str = "") -> str:
+def _losses(numbers: dict, start: str = "", digits: int = 4) -> str:
     "The loss, and for a BERT its addends."
-    text = "loss {" + start + "loss:.4f}"
+    text = f"loss {numbers[f'{start}loss']:.{digits}f}"
     if f"{start}mlm_loss" in numbers:
-        text += " (mlm {" + start + "mlm_loss:.4f}, sop {" + start + "sop_loss:.4f})"
-    return text.format(**numbers)
+        addends = (f"{name} {numbers[f'{start}{name}_loss']:.{digits}f}" for name in ("mlm", "sop"))
+        text += f" ({', '.join(addends)})"
+    return text
 
 
 def _progress(line: dict, steps: int, seconds_a_step: float) -> str:
@@ -89,8 +90,8 @@ class Journal:
             stream.write(json.dumps(line) + "\n")
         if self.bar is not None:
             self.bar.update()
-            text = "loss {loss:.3f} lr {lr:.1e} norm {grad_norm:.2f} {tokens_per_s:,} tokens/s"
-            self.bar.set_postfix_str(text.format(**line))
+            text = "{losses} lr {lr:.1e} norm {grad_norm:.2f} {tokens_per_s:,} tokens/s"
+            self.bar.set_postfix_str(text.format(**line, losses=_losses(line, digits=3)))
         elif step % self.run.log_every == 0 or step in (self.first + 1, self.run.steps):
             pace = (time.perf_counter() - self.begun) / (step - self.first)
             self.say(_progress(line, self.run.steps, pace))

@@ -74,7 +74,12 @@ def recipe(
     model: ModelConfig,
     out: Path,              # folder of the run
 ) -> TrainConfig:
-    "How the paper trains a GPT-2 or a BERT of any size (4.2)."
+    """How the paper trains a GPT-2 or a BERT of any size (4.2).
+
+    Dropout and recomputation are the model's; presets of the paper's sizes have the paper's. The
+    precision is left to choose: fp32 runs everywhere, and bf16 is fast where the device has it. The
+    paper's own, fp16 with a dynamic loss scale, is not offered: the range of bf16 needs no scale.
+    """
     if isinstance(model, BertConfig):
         run = RunConfig(out, steps=2_000_000, batch_size=1024)
         line = OptimizerConfig(lr=1e-4, min_lr=0.0, warmup_steps=10_000, decay="linear")
