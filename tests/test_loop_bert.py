@@ -150,4 +150,5 @@ def test_the_papers_recipe():
     found = recipe(MODEL, Path("run"))
     assert (found.run.steps, found.run.batch_size) == (2_000_000, 1024)
     rates = found.optimizer
-    assert (rates.lr, rates.min_lr, rates.warmup_steps, rates.decay) == (1e-4, 0.0, 10_000, "linear")
+    assert (rates.lr, rates.min_lr) == (1e-4, 0.0)
+    assert (rates.warmup_steps, rates.decay) == (10_000, "linear")
