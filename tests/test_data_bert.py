@@ -18,7 +18,7 @@ import torch
 from bert_data_cases import numbered_file, numbered_wordpiece, random_file
 
 from megatron_edu.data import bert
-from megatron_edu.data.bert import BertSamples, fit, ngrams, stretch
+from megatron_edu.data.bert import BertSamples, chosen, draws, fit, hide, ngrams, stretch
 from megatron_edu.data.corpus import embedded_corpus, read_documents
 from megatron_edu.data.gpt2 import split_documents
 from megatron_edu.data.sampler import IGNORED
@@ -257,22 +257,44 @@ def test_the_longer_segment_gives_way(a, b, target, lengths):
     assert fit(a, b, target) == lengths
 
 
+def stretches(continues: np.ndarray, length: int, draw: np.ndarray) -> tuple[list, list]:
+    "First and last + 1 of stretches of the tokens 0, 1, ... 29."
+    zeros = np.zeros(len(draw), int)
+    found = stretch(lambda place: ~continues[place], zeros, zeros + 30, zeros + length, draw)
+    return tuple(ends.tolist() for ends in found)
+
+
 def test_a_stretch_is_of_whole_words_and_lies_anywhere():
-    continues = np.zeros(1000, bool)
-    tokens, chance = np.arange(30), np.random.default_rng(1)
-    starts = [stretch(tokens, 10, continues, chance) for _ in range(4200)]
-    assert all(np.array_equal(part, np.arange(part[0], part[0] + 10)) for part in starts)
-    expect_even(np.bincount([part[0] for part in starts], minlength=21))
+    continues, chance = np.zeros(1000, bool), np.random.default_rng(1)
+    starts, stops = stretches(continues, 10, chance.random(4200))
+    assert all(stop == start + 10 for start, stop in zip(starts, stops))
+    expect_even(np.bincount(starts, minlength=21))
     continues[[11, 12, 14, 17, 18, 19]] = True
     edges = set(np.flatnonzero(~continues[:30])) | {30}
     for length in range(5, 30):
-        for _ in range(40):
-            part = stretch(tokens, length, continues, chance)
-            assert part[0] in edges and part[-1] + 1 in edges and 0 < len(part) <= length
-            assert len(part) > length - 6
-    assert np.array_equal(stretch(tokens, 30, continues, chance), tokens)
+        for start, stop in zip(*stretches(continues, length, chance.random(40))):
+            assert start in edges and stop in edges and 0 < stop - start <= length
+            assert stop - start > length - 6
+    assert stretches(continues, 30, chance.random(1)) == ([0], [30])
     continues[1:30] = True      # one word that is longer than the target
-    assert len(stretch(tokens, 10, continues, chance)) == 10
+    assert all(b - a == 10 for a, b in zip(*stretches(continues, 10, chance.random(40))))
+
+
+def test_segments_of_any_lengths_are_cut_together_as_alone():
+    "As many as the rows of a batch, each with a length of its own."
+    chance = np.random.default_rng(3)
+    continues, draw = chance.random(500) < 0.4, chance.random(600)
+    begin, size = chance.integers(300, size=600), chance.integers(1, 80, 600)
+    length = chance.integers(1, size, endpoint=True)
+    low, high = stretch(lambda place: ~continues[place], begin, begin + size, length, draw)
+    for k, (first, n) in enumerate(zip(begin.tolist(), length.tolist())):
+        start = first + int(draw[k] * (size[k] - n + 1))
+        inside = [i for i in range(start + 1, start + n) if not continues[i]]
+        front = start if start == first or not continues[start] else None
+        back = start + n if start + n == first + size[k] or not continues[start + n] else None
+        cuts = [front] * (front is not None) + inside + [back] * (back is not None)
+        expected = (cuts[0], cuts[-1]) if len(cuts) > 1 else (start, start + n)
+        assert (low[k], high[k]) == expected
 
 
 def test_the_least_lengths(tmp_path):
@@ -293,15 +315,13 @@ def test_special_tokens_of_the_text_are_never_hidden(tmp_path):
             writer.append(tokens)
             writer.end_sequence()
     samples = BertSamples(TokenFile(tmp_path / "x"), wordpiece, 64, 500)
-    rows = [samples.sample(i) for i in range(500)]
-    labels = np.concatenate([row.labels for row in rows])
-    assert set(labels) == {IGNORED, 77}
+    assert set(samples.batch(range(500))["labels"].ravel().tolist()) == {IGNORED, 77}
     with TokenFileWriter(tmp_path / "y", 300) as writer:
         for _ in range(4):
             writer.append([wordpiece.unk_id, wordpiece.mask_id])
             writer.end_sequence()
-    row = BertSamples(TokenFile(tmp_path / "y"), wordpiece, 64).sample(0)
-    assert (row.labels == IGNORED).all() and len(row.ids) > 5
+    row = BertSamples(TokenFile(tmp_path / "y"), wordpiece, 64)[0]
+    assert (row["labels"] == IGNORED).all() and row["attention_mask"].sum() > 5
 
 
 def test_rows_of_a_batch_are_checked_and_in_range(tmp_path):
@@ -343,14 +363,17 @@ def drawn(request, tmp_path_factory) -> Drawn:
     seen = []
     real = bert.chosen
 
-    def spy(special, bounds, chance):
-        seen.append((bounds, real(special, bounds, chance)))
+    def spy(starts, *others):
+        seen.append((starts, real(starts, *others)))
         return seen[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bert, "chosen", spy)
         batch = samples.batch(range(COUNT))
-    return Drawn(samples, batch, originals(batch), *zip(*seen))
+    ((starts, masked),) = seen
+    sizes = batch["attention_mask"].sum(dim=1).tolist()
+    bounds = [np.append(row[:n].nonzero()[0], n) for row, n in zip(starts, sizes)]
+    return Drawn(samples, batch, originals(batch), bounds, [row.nonzero()[0] for row in masked])
 
 
 def content(drawn: Drawn) -> np.ndarray:        # (b, s)
@@ -510,12 +533,56 @@ def test_ngrams_cut_a_segment_without_gaps():
     continues[[3, 4, 9]] = True
     chance = np.random.default_rng(2)
     for length in range(1, 50):
-        bounds = ngrams(np.arange(length), continues, chance)
+        whole = np.ones(length, bool)
+        found = ngrams(whole, ~continues[:length], chance.random(length))
+        bounds = np.append(found.nonzero()[0], length)
         assert bounds[0] == 0 and bounds[-1] == length and (np.diff(bounds) > 0).all()
         assert not set(bounds[:-1]) & {3, 4, 9}
         counts = np.add.reduceat(~continues[:length], bounds[:-1], dtype=int)
         assert counts.max() <= 3
-    assert ngrams(np.array([3, 4, 5]), continues, chance)[0] == 0   # a part of a word at the front
+    whole = np.ones(3, bool)
+    assert ngrams(whole, ~continues[3:6], chance.random(3))[0]      # a part of a word at the front
+
+
+def test_ngrams_of_a_batch_are_what_a_walk_over_the_words_gives():
+    chance = np.random.default_rng(5)
+    column, begin = np.arange(40), chance.integers(0, 20, (2, 30, 1))
+    parts = (begin <= column) & (column < begin + chance.integers(1, 20, (2, 30, 1)))
+    heads, draw = chance.random((2, 30, 40)) < 0.6, chance.random((2, 30, 40))
+    found = ngrams(parts, heads, draw)
+    for place in np.ndindex(2, 30):
+        tokens = parts[place].nonzero()[0].tolist()
+        words = [i for i in tokens if heads[place][i] or i == tokens[0]]
+        expected, word, fractions = [], 0, draw[place].tolist()
+        while word < len(words):
+            expected.append(words[word])
+            each = fractions.pop(0)
+            word += 1 if each < 6 / 11 else 2 if each < 9 / 11 else 3
+        assert found[place].nonzero()[0].tolist() == expected
+
+
+def test_rows_of_a_batch_are_chosen_and_hidden_one_by_one():
+    chance = np.random.default_rng(6)
+    starts, special = chance.random((200, 50)) < 0.6, chance.random((200, 50)) < 0.1
+    starts[:, 0], special[0] = True, True
+    keys, rounding, draw = (chance.random(shape) for shape in ((200, 50), 200, (2, 200, 50)))
+    masked = chosen(starts, special, keys, rounding)
+    ids, ordinary = chance.integers(5, 99, (200, 50)), np.arange(5, 99)
+    shown, labels = hide(ids, masked, 4, ordinary, draw)
+    for k in range(200):
+        bounds = [*starts[k].nonzero()[0].tolist(), 50]
+        grams = [range(a, b) for a, b in zip(bounds, bounds[1:])]
+        plain = [gram for gram in grams if not special[k, gram].any()]
+        count = max(int(0.15 * len(plain) + rounding[k]), 1)
+        plain.sort(key=lambda gram: keys[k, gram[0]])
+        expected = {i for gram in plain[:count] for i in gram}
+        assert set(masked[k].nonzero()[0].tolist()) == expected
+        for i in range(50):
+            fate = draw[0, k, i] if i in expected else 0.85
+            other = ordinary[int(draw[1, k, i] * 94)]
+            assert shown[k, i] == (4 if fate < 0.8 else ids[k, i] if fate < 0.9 else other)
+            assert labels[k, i] == (ids[k, i] if i in expected else IGNORED)
+    assert not masked[0].any()
 
 
 # The same everywhere
@@ -564,15 +631,19 @@ def test_the_samples_of_old_checkpoints_stay(tmp_path):
     ]
     assert places_of(samples)[6:].tolist() == [[6, 9, 4], [0, 4, 9]]
     assert samples.batch([0, 1, 2])["input_ids"].tolist() == [
-        [2, 4, 4, 26, 27, 3, 20, 21, 22, 23, 3, 0],
-        [2, 7, 8, 9, 10, 11, 3, 4, 16, 17, 18, 3],
-        [2, 36, 37, 38, 39, 3, 4, 32, 33, 4, 3, 0],
+        [2, 24, 25, 4, 27, 3, 20, 21, 22, 23, 3, 0],
+        [2, 4, 4, 10, 11, 12, 13, 3, 17, 18, 19, 3],
+        [2, 37, 38, 39, 40, 3, 28, 29, 30, 31, 32, 3],
     ]
 
 
 def test_epochs_and_samples_have_random_numbers_of_their_own():
-    draws = {bert.generator(s, p, n).random() for s in (1, 2) for p in (0, 1) for n in range(50)}
-    assert len(draws) == 200
+    seen = {bert.generator(s, p, n).random() for s in (1, 2) for p in (0, 1) for n in range(50)}
+    assert len(seen) == 200
+    once, each = draws(1, range(50), 64)
+    assert once.shape == (5, 50) and each.shape == (5, 50, 64)
+    numbers = np.concatenate([once.ravel(), each.ravel()])
+    assert len(set(numbers.tolist())) == 50 * (5 + 5 * 64)      # none is used for two things
 
 
 # What is refused
