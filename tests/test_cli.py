@@ -20,7 +20,7 @@ from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece
 from megatron_edu.models.bert import Bert
-from megatron_edu.prepare import prepare_documents
+from megatron_edu.prepare import prepare, prepare_documents
 from megatron_edu.ranks import RankError
 from megatron_edu.training.checkpoint import latest_checkpoint, load_model, save_checkpoint
 from megatron_edu.training.journal import read_metrics
@@ -281,12 +281,12 @@ def test_a_preset_may_be_given_in_one_word(capsys):
 def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cli_train, "prepare", lambda *args: seen.append(args))
-    texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", tmp_path / "t"
-    options = "--data", *texts, "--out", out, "--vocab-size", 400, "--text-field", "body"
-    cli_train.find_tokens(arguments(*options), False)
+    texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", corpus / "ready"
+    options = "--data", *texts, "--out", out, "--text-field", "body"
+    cli_train.find_tokens(arguments(*options, "--vocab-size", 400), False)
     cli_train.find_tokens(arguments(*options, "--tokenizer", given), False)
-    rest = 400, "body", "gpt2"
-    assert seen == [(texts, out, None, *rest), (texts, out, given, *rest)]
+    rest = "body", "gpt2"
+    assert seen == [(texts, out, None, 400, *rest), (texts, out, given, 512, *rest)]
 
 
 def test_text_is_tokenized_once_a_run(corpus, tmp_path):
@@ -416,6 +416,140 @@ def test_text_that_is_none(corpus, tmp_path, capsys):
     assert "an empty corpus" in refusal(capsys, "train", *rest, tmp_path / "blank.txt")
     assert "is not read as text" in refusal(capsys, "train", *rest, tmp_path / "a.pdf")
     assert "no string in field 'text'" in refusal(capsys, "train", *rest, corpus / "a.jsonl")
+
+
+def content(folder):
+    "What lies in a folder: every file below it."
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+OTHER_TEXT = ["Quick zebras jump over lazy wolves. A fox waits! Bright owls vex it."] * 9
+
+
+def other_tokens(folder, model="gpt2", **options):
+    "Another text, prepared by a tokenizer of its own."
+    (folder / "other.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in OTHER_TEXT))
+    prepare((folder / "other.jsonl",), folder / "other", model=model, **options)
+    return folder / "other"
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("data", ["other", "other.jsonl", "ready"])
+def test_a_run_keeps_its_tokenizer(corpus, sentences, run, bert_run, tmp_path, capsys, kind, data):
+    "Another one beside the tokens, or named: refused, and the run is as it was."
+    own, ready = {"gpt2": (run, corpus / "ready"), "bert": (bert_run, sentences)}[kind]
+    other, kept = other_tokens(tmp_path, kind, vocab_size=280), content(own)
+    options = [*(SHORT if kind == "gpt2" else SMALL_BERT), "--steps", 9, "--resume", "auto"]
+    named = {"other": [], "other.jsonl": ["--tokenizer", other], "ready": ["--tokenizer", other]}
+    path = ready if data == "ready" else tmp_path / data
+    text = refusal(capsys, "train", *options, "--data", path, "--out", own, *named[data])
+    if data == "ready":
+        assert f"--tokenizer {other}: {ready}/tokens was not written by it" in text
+    else:
+        assert f"{own} was trained with another tokenizer, {own}/tokenizer.json" in text
+        assert f"--tokenizer {own}/tokenizer.json, or choose another --out" in text
+    assert content(own) == kept
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_run_goes_on_with_other_text_by_its_own_tokenizer(
+    corpus, run, bert_run, tmp_path, kind
+):
+    copy = shutil.copytree({"gpt2": run, "bert": bert_run}[kind], tmp_path / "copy")
+    before, more = (copy / "tokenizer.json").read_bytes(), ["--resume", "auto"]
+    if kind == "gpt2":
+        train(corpus, copy, "a.txt", 5, more)
+    else:
+        train_bert(corpus / "a.jsonl", copy, 5, [*more, "--text-field", "body"])
+    assert (copy / "tokenizer.json").read_bytes() == before
+    assert len(losses(copy)) == 5 and TokenFile(copy / "tokens").num_tokens > 1000
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_text_for_a_run_without_a_tokenizer(corpus, run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "tokenizer.json").unlink()
+    kept, rest = content(copy), ("--out", copy, "--resume", "auto", "--steps", 9)
+    text = refusal(capsys, "train", *SHORT, "--data", corpus / "a.txt", *rest)
+    assert "a run without a tokenizer.json" in text and "--tokenizer" in text
+    other = other_tokens(tmp_path, vocab_size=300)
+    text = refusal(capsys, "train", *SHORT, "--data", other, *rest)
+    assert "vocab_size is 280, and 300 here" in text
+    assert content(copy) == kept
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_tokenizer_that_did_not_write_the_tokens(
+    corpus, sentences, tmp_path, capsys, kind
+):
+    "Of the same size, so that every id exists in both."
+    size, ready, options = {
+        "gpt2": (280, corpus / "ready", SHORT), "bert": (40, sentences, SMALL_BERT)
+    }[kind]
+    other = other_tokens(tmp_path, kind, vocab_size=max(size, 60)) / "tokenizer.json"
+    text = refusal(
+        capsys, "train", *options, "--data", ready, "--tokenizer", other, "--out", tmp_path / "run"
+    )
+    assert f"--tokenizer {other}: {ready}/tokens was not written by it, but by {ready}" in text
+    assert "leave --tokenizer out" in text
+    assert f"megatron-edu prepare TEXT --model {kind} --tokenizer {other}" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("gpt2", ["--max-seq-len", 32], "max_seq_len is 16, and 32 here; .* --max-seq-len 16,"),
+        ("gpt2", ["--gelu", "exact"], "gelu is tanh, and exact here; go on with --gelu tanh,"),
+        ("gpt2", ["--ffn-hidden-size", 64], "go on with --ffn-hidden-size 256, or choose another"),
+        ("gpt2", ["--vocab-multiple", 64], "go on with --vocab-multiple 128, or choose another"),
+        (
+            "gpt2", ["--num-layers", 2, "--hidden-size", 32],
+            "num_layers is 1, and 2 here, hidden_size .* --num-layers 1 --hidden-size 64",
+        ),
+        ("bert", ["--layer-norm", "post"], "layer_norm is pre, and post here; .*norm pre,"),
+        ("bert", ["--num-token-types", 3], "go on with --num-token-types 2,"),
+        ("bert", ["--max-seq-len", 32], "max_seq_len is 16, and 32 here; .* --max-seq-len 16,"),
+    ],
+)
+def test_a_run_of_another_model_is_told_by_its_options(
+    corpus, sentences, run, bert_run, capsys, kind, options, words
+):
+    own, ready, short = {
+        "gpt2": (run, corpus / "ready", SHORT), "bert": (bert_run, sentences, SMALL_BERT)
+    }[kind]
+    kept, rest = content(own), ("--resume", "auto", "--steps", 9)
+    text = refusal(capsys, "train", *short, "--data", ready, "--out", own, *rest, *options)
+    assert f"{own}/step-00000004 is of another model" in text
+    assert re.search(words, " ".join(text.split())), text
+    assert content(own) == kept
+
+
+def test_what_may_change_when_a_run_goes_on(corpus, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    more = ["--dropout", 0.2, "--recompute", "--ffn-hidden-size", 256, "--vocab-multiple", 384]
+    train(corpus, copy, steps=5, more=["--resume", "auto", *more])
+    assert len(losses(copy)) == 5
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("source", ["tokens", "text"])
+def test_a_vocabulary_size_beside_a_tokenizer(
+    corpus, sentences, tmp_path, capsys, kind, source
+):
+    size, ready, short = {
+        "gpt2": (280, corpus / "ready", SHORT), "bert": (40, sentences, SMALL_BERT)
+    }[kind]
+    data = [ready] if source == "tokens" else [corpus / "a.txt", "--tokenizer", ready]
+    rest = "--vocab-size", 1000, "--out", tmp_path / "run"
+    text = refusal(capsys, "train", *short, "--data", *data, *rest)
+    assert f"--vocab-size 1000: {ready}" in text and f" has {size} tokens" in text
+    assert "leave --vocab-size out" in text and f"--model {kind} --vocab-size 1000" in text
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("no_ranks")
@@ -769,7 +903,8 @@ def test_the_other_models_tokens_are_refused(corpus, sentences, tmp_path, capsys
     text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready")
     assert "read as the tokenizer of a bert (see --model)" in text and "[MASK]" in text
     pieces = "--tokenizer", sentences / "tokenizer.json"
-    text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready", *pieces)
+    alone = bare(corpus / "ready", tmp_path)
+    text = refusal(capsys, "train", *SMALL_BERT, *rest, alone, *pieces)
     assert "token id" in text and "outside the vocabulary" in text
     lone = prepare_documents(["The cat sat on the mat."] * 9, tmp_path, load_wordpiece(sentences))
     text = refusal(capsys, "train", *SMALL_BERT, *rest, lone.prefix)
