@@ -329,11 +329,11 @@ def no_ranks(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tp", 3], "num_heads=4 does not divide among 3 .* nearest that does is 3"),
-        (["--tp", 4, "--ffn-hidden-size", 90], "ffn_hidden_size=90 does not divide among 4"),
-        (["--tp", 2, "--vocab-multiple", 101], "padded_vocab_size=303 .* vocab_multiple"),
-        (["--dp", 3], "global_batch 4 does not divide .* on 3 data-parallel ranks"),
-        (["--micro-batch", 3], "global_batch 4 does not divide into micro-batches of 3"),
+        (["--tp", 3], "tp=3: it must divide num_heads=4, .* use --tp 1 or 2 or 4$"),
+        (["--tp", 4, "--ffn-hidden-size", 90], "ffn_hidden_size=90 .* use --tp 1 or 2$"),
+        (["--tp", 2, "--vocab-multiple", 101], "size=303 .* --tp 1, or give --vocab-multiple a m"),
+        (["--dp", 3], "--batch-size 4 does not divide .* on 3 data-parallel ranks"),
+        (["--micro-batch", 3], "train: --batch-size 4 does not divide into .* of 3 .* use 3 or 6$"),
         (["--tp", 0], "tp=0: an axis has at least 1 rank"),
         (["--preset", "huge"], "preset 'huge' is unknown; use one of tiny, laptop"),
         (["--model", "t5"], "model 't5' is unknown; use one of gpt2, bert"),
@@ -342,7 +342,7 @@ def no_ranks(monkeypatch):
         (["--hidden-size", 66], "hidden_size=66 does not divide by num_heads=4"),
         (["--steps", 0], "steps=0: must be at least 1"),
         (["--lr", -1], "lr=-1.0: must be a number above 0"),
-        (["--max-seq-len", 100_000], "hold .* tokens; a sample of seq_len 100000"),
+        (["--max-seq-len", 100_000], "of --max-seq-len 100000 .* use a --max-seq-len from"),
         (["--tokenizer", "absent.json"], "absent.json: no tokenizer there"),
     ],
 )
@@ -526,6 +526,50 @@ def test_a_run_of_another_model_is_told_by_its_options(
     assert f"{own}/step-00000004 is of another model" in text
     assert re.search(words, " ".join(text.split())), text
     assert content(own) == kept
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_ranks_that_do_not_divide_are_refused_before_text_is_read(corpus, tmp_path, capsys):
+    rest = "--data", corpus / "a.txt", "--out", tmp_path / "run", "--tp", 3
+    assert "use --tp 1 or 2 or 4" in refusal(capsys, "train", *SHORT, *rest)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_run_that_is_done_says_so(corpus, sentences, run, bert_run, capsys, kind):
+    own, ready, short = {
+        "gpt2": (run, corpus / "ready", SHORT), "bert": (bert_run, sentences, SMALL_BERT)
+    }[kind]
+    kept = content(own)
+    for steps in (4, 3):
+        words = "train", *short, "--data", ready, "--out", own, "--steps", steps, "--resume", "auto"
+        cli.main([str(word) for word in words])
+        last = f"{own}/step-00000004: 4 of {steps} steps are done; to go on, give more --steps\n"
+        assert capsys.readouterr().out == last
+    assert content(own) == kept
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_sequences_longer_than_any_document_are_told(
+    corpus, sentences, tmp_path, capsys, monkeypatch, kind
+):
+    "Before the first rank starts, so that nobody waits without a word."
+    monkeypatch.setattr(cli_train, "launch", lambda *args: print("ranks start"))
+    ready, short, extra, rest = {
+        "gpt2": (corpus / "ready", SHORT, 0, "a sample is of several"),
+        "bert": (sentences, SMALL_BERT, 3, "the rest of a sample is padding"),
+    }[kind]
+    longest = int(np.diff(TokenFile(ready / "tokens").document_starts).max())
+    for length in (longest + extra, longest + extra + 1):
+        more = "--max-seq-len", length, "--validation", 0.5
+        words = "train", *short, "--data", ready, "--out", tmp_path / "run", *more
+        cli.main([str(word) for word in words])
+        *_, note, samples, start = capsys.readouterr().out.splitlines()
+        assert start == "ranks start"
+        told = f"length     {length} tokens; the longest document has {longest}, {rest}"
+        assert (note == told) == (length > longest + extra), note
+        assert ("a validation on 4 samples" in samples) == (length > longest + extra)
 
 
 def test_what_may_change_when_a_run_goes_on(corpus, run, tmp_path):
@@ -877,10 +921,11 @@ def test_a_bare_token_file_needs_a_tokenizer(sentences, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tp", 3], "num_heads=4 does not divide among 3"),
-        (["--dp", 3], "global_batch 4 does not divide .* on 3 data-parallel ranks"),
-        (["--tp", 2, "--vocab-multiple", 61], "padded_vocab_size=61 .* vocab_multiple"),
-        (["--max-seq-len", 4], "seq_len 4; 3 special tokens"),
+        (["--tp", 3], "tp=3: it must divide num_heads=4, .* use --tp 1 or 2 or 4$"),
+        (["--dp", 3], "--batch-size 4 does not divide .* on 3 data-parallel ranks"),
+        (["--micro-batch", 3], "train: --batch-size 4 does not divide into .* of 3 .* use 3 or 6$"),
+        (["--tp", 2, "--vocab-multiple", 61], "size=61 .* --tp 1, or give --vocab-multiple a m"),
+        (["--max-seq-len", 4], "train: --max-seq-len 4; 3 special tokens"),
         (["--layer-norm", "both"], "--layer-norm"),
         (["--num-token-types", 0], "num_token_types=0: must be a whole number, at least 1"),
         (["--model", "gpt2"], "--model gpt2 --preset bert-tiny: .* is a bert"),
@@ -909,6 +954,7 @@ def test_the_other_models_tokens_are_refused(corpus, sentences, tmp_path, capsys
     lone = prepare_documents(["The cat sat on the mat."] * 9, tmp_path, load_wordpiece(sentences))
     text = refusal(capsys, "train", *SMALL_BERT, *rest, lone.prefix)
     assert "none of the documents" in text and "has two sentences" in text
+    assert "write the file with megatron-edu prepare --model bert, or add text" in text
     assert not (tmp_path / "run").exists()
 
 
