@@ -18,7 +18,7 @@ from megatron_edu import cli, cli_train
 from megatron_edu.config import PRESETS
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_edu.data.wordpiece import load_wordpiece
+from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.models.bert import Bert
 from megatron_edu.prepare import prepare, prepare_documents
 from megatron_edu.ranks import RankError
@@ -672,6 +672,43 @@ def test_prepare_refuses_what_holds_no_text(tmp_path, capsys):
     assert "no such path" in text and not (tmp_path / "out").exists()
 
 
+def vocabulary_files(folder):
+    "The files that GPT-2 and BERT were published with, of small vocabularies."
+    pieces = train_wordpiece(OTHER_TEXT, 60).core.get_vocab()
+    (folder / "vocab.txt").write_text("\n".join(sorted(pieces, key=pieces.get)))
+    train_tokenizer(OTHER_TEXT, 300).core.model.save(str(folder), "gpt2")
+    (folder / "gpt2").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / f"gpt2-{name}", folder / "gpt2" / name)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("bert", ["gpt2-vocab.json", "gpt2-merges.txt", "gpt2", "ready", "ready/tokenizer.json"]),
+        ("gpt2", ["vocab.txt", "sentences", "sentences/tokenizer.json"]),
+    ],
+)
+def test_prepare_says_whose_a_tokenizer_is(corpus, sentences, tmp_path, capsys, model, names):
+    vocabulary_files(tmp_path)
+    other, kind = {"bert": ("gpt2", "WordPiece"), "gpt2": ("bert", "byte-level BPE")}[model]
+    source, out = corpus / "a.txt", tmp_path / "out"
+    for name in names:
+        path = tmp_path / name if (tmp_path / name).exists() else corpus / name
+        words = "prepare", source, "--model", model, "--tokenizer", path, "--out", out
+        text = refusal(capsys, *words)
+        assert f"{path}: the tokenizer of a {other}, and a {model} needs a {kind}" in text
+        assert f"go on with --model {other}, or" in text and not out.exists()
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_prepare_says_what_is_wrong_with_a_tokenizer_of_nobody(corpus, tmp_path, capsys, model):
+    (tmp_path / "words.txt").write_text("one\ntwo\n")
+    words = "--model", model, "--tokenizer", tmp_path / "words.txt", "--out", tmp_path / "out"
+    text = refusal(capsys, "prepare", corpus / "a.txt", *words)
+    assert f"words.txt, read as the tokenizer of a {model} (see --model): " in text
+
+
 def written(capsys, *args):
     capsys.readouterr()
     cli.main([str(arg) for arg in ("generate", *args)])
@@ -944,10 +981,15 @@ def test_options_that_a_bert_cannot_have(sentences, tmp_path, capsys, options, w
 def test_the_other_models_tokens_are_refused(corpus, sentences, tmp_path, capsys):
     rest = "--out", tmp_path / "run", "--data"
     text = refusal(capsys, "train", *SHORT, *rest, sentences)
-    assert "read as the tokenizer of a gpt2 (see --model)" in text
-    text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready")
-    assert "read as the tokenizer of a bert (see --model)" in text and "[MASK]" in text
+    assert f"{sentences}/tokenizer.json: the tokenizer of a bert, and a gpt2 needs" in text
+    assert "go on with --model bert, or prepare the text with" in text
+    assert "megatron-edu prepare --model gpt2" in text and "eod_token" not in text
     pieces = "--tokenizer", sentences / "tokenizer.json"
+    for more in ((), pieces):
+        text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready", *more)
+        assert f"{corpus}/ready/tokenizer.json: the tokenizer of a gpt2, and a bert needs" in text
+        assert "go on with --model gpt2, or prepare the text with" in text
+        assert "megatron-edu prepare --model bert" in text and "train_wordpiece" not in text
     alone = bare(corpus / "ready", tmp_path)
     text = refusal(capsys, "train", *SMALL_BERT, *rest, alone, *pieces)
     assert "token id" in text and "outside the vocabulary" in text
