@@ -834,11 +834,36 @@ def test_convert_refuses(run, tmp_path, capsys):
             capsys, "convert", "--from", run, "--to", tmp_path / "full", "--format", form
         )
         assert "is not empty" in text
-    absent = tmp_path / "absent"
-    for form in ("huggingface", "megatron_edu"):
-        to = tmp_path / "x"
-        text = refusal(capsys, "convert", "--from", absent, "--to", to, "--format", form)
-        assert "cannot be read" in text and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("source", "form", "words"),
+    [
+        ("own", "megatron_edu", "a model of megatron-edu already; .* with --format huggingface"),
+        ("own/step-00000004", "megatron_edu", "a model of megatron-edu already; .* --format hugg"),
+        ("theirs", "huggingface", "a folder of transformers already; .* --format megatron_edu$"),
+        ("nowhere", "huggingface", "no such folder; .* is made from a run, or .*; name one$"),
+        ("nowhere", "megatron_edu", "no such folder; .* that transformers saved; name one$"),
+        ("tokens", "huggingface", "a prepared text; .* is made from a run, or .*; name one$"),
+        ("tokens", "megatron_edu", "a prepared text; .* that transformers saved; name one$"),
+        ("empty", "huggingface", "a folder without a model; .* is made from a run"),
+        ("own/metrics.jsonl", "huggingface", "a file; .* is made from a run"),
+    ],
+)
+def test_convert_says_what_a_folder_is(
+    corpus, sentences, run, bert_run, tmp_path, capsys, kind, source, form, words
+):
+    (tmp_path / "empty").mkdir()
+    links = {"gpt2": (run, corpus / "ready"), "bert": (bert_run, sentences)}[kind]
+    for name, target in zip(("own", "tokens"), links, strict=True):
+        (tmp_path / name).symlink_to(target)
+    cli.main(f"convert --from {tmp_path}/own --to {tmp_path}/theirs".split())
+    path, to = tmp_path / source, tmp_path / "new"
+    text = refusal(capsys, "convert", "--from", path, "--to", to, "--format", form)
+    assert text.startswith(f"megatron-edu convert: {path}: ")
+    assert re.search(words, text.strip()), text
+    assert not to.exists()
 
 
 # ------------------------------------------------------------------------------------------ BERT
@@ -1031,6 +1056,16 @@ def test_convert_a_bert_both_ways_with_its_tokenizer(sentences, tmp_path, order)
     assert b.config.layer_norm == order
     b = b.state_dict()
     assert all(torch.equal(x[:40], b[name][:40]) for name, x in a.state_dict().items())
+
+
+def test_convert_takes_a_checkpoint_of_weights_alone(run, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / "step-00000004" / name, tmp_path)
+    cli.main(f"convert --from {tmp_path} --to {tmp_path / 'theirs'}".split())
+    assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "theirs").config.n_layer == 1
+    (tmp_path / "config.json").write_text('{"architecture"')
+    text = refusal(capsys, "convert", "--from", tmp_path, "--to", tmp_path / "new")
+    assert "config.json cannot be read as a checkpoint's file" in text
 
 
 def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):
