@@ -153,7 +153,7 @@ def check_source(
 ) -> Path:                  # folder to read the model from: of a run, that of its last checkpoint
     "Raise `ValueError`, with what the folder is, if no model for that format lies in it."
     folder = latest_checkpoint(source) or source
-    text = (folder / CONFIG).read_text() if (folder / CONFIG).is_file() else ""
+    text = (folder / CONFIG).read_text(errors="ignore") if (folder / CONFIG).is_file() else ""
     ours = folder != source or '"architecture"' in text     # theirs has "architectures"
     theirs = bool(text) and not ours
     if {"huggingface": ours, "megatron_edu": theirs}[to_write]:

@@ -146,6 +146,14 @@ def test_help_shows_the_defaults_of_the_model(capsys):
     assert {option: default_of(paper, option) for option in wanted} == wanted
 
 
+def test_help_of_train_says_whose_defaults_it_shows(capsys):
+    for verb in ("train", "train --model bert", "train --preset gpt2-355m"):
+        said = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(capsys, verb))
+        assert "--model bert --help shows those of a BERT" in said
+        assert "--preset NAME --help those of any other preset" in said
+        assert "The defaults are" not in said and "presets of `train` have their own" in said
+
+
 def test_help_of_the_demo_shows_the_defaults_of_the_model(capsys):
     cases = ("demo", "gpt2", "runs/demo"), ("demo --model bert", "bert", "runs/demo-bert")
     for verb, model, out in cases:
