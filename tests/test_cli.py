@@ -18,9 +18,9 @@ from megatron_edu import cli, cli_train
 from megatron_edu.config import PRESETS
 from megatron_edu.data.token_file import TokenFile, TokenFileWriter
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
-from megatron_edu.data.wordpiece import load_wordpiece
+from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.models.bert import Bert
-from megatron_edu.prepare import prepare_documents
+from megatron_edu.prepare import prepare, prepare_documents
 from megatron_edu.ranks import RankError
 from megatron_edu.training.checkpoint import latest_checkpoint, load_model, save_checkpoint
 from megatron_edu.training.journal import read_metrics
@@ -144,6 +144,14 @@ def test_help_shows_the_defaults_of_the_model(capsys):
         "--batch-size": "1024", "--steps": "2000000", "--num-layers": "24", "--vocab-size": "30522",
     }
     assert {option: default_of(paper, option) for option in wanted} == wanted
+
+
+def test_help_of_train_says_whose_defaults_it_shows(capsys):
+    for verb in ("train", "train --model bert", "train --preset gpt2-355m"):
+        said = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(capsys, verb))
+        assert "--model bert --help shows those of a BERT" in said
+        assert "--preset NAME --help those of any other preset" in said
+        assert "The defaults are" not in said and "presets of `train` have their own" in said
 
 
 def test_help_of_the_demo_shows_the_defaults_of_the_model(capsys):
@@ -290,12 +298,12 @@ def test_a_preset_may_be_given_in_one_word(capsys):
 def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cli_train, "prepare", lambda *args: seen.append(args))
-    texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", tmp_path / "t"
-    options = "--data", *texts, "--out", out, "--vocab-size", 400, "--text-field", "body"
-    cli_train.find_tokens(arguments(*options), False)
+    texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", corpus / "ready"
+    options = "--data", *texts, "--out", out, "--text-field", "body"
+    cli_train.find_tokens(arguments(*options, "--vocab-size", 400), False)
     cli_train.find_tokens(arguments(*options, "--tokenizer", given), False)
-    rest = 400, "body", "gpt2"
-    assert seen == [(texts, out, None, *rest), (texts, out, given, *rest)]
+    rest = "body", "gpt2"
+    assert seen == [(texts, out, None, 400, *rest), (texts, out, given, 512, *rest)]
 
 
 def test_text_is_tokenized_once_a_run(corpus, tmp_path):
@@ -338,11 +346,11 @@ def no_ranks(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tp", 3], "num_heads=4 does not divide among 3 .* nearest that does is 3"),
-        (["--tp", 4, "--ffn-hidden-size", 90], "ffn_hidden_size=90 does not divide among 4"),
-        (["--tp", 2, "--vocab-multiple", 101], "padded_vocab_size=303 .* vocab_multiple"),
-        (["--dp", 3], "global_batch 4 does not divide .* on 3 data-parallel ranks"),
-        (["--micro-batch", 3], "global_batch 4 does not divide into micro-batches of 3"),
+        (["--tp", 3], "tp=3: it must divide num_heads=4, .* use --tp 1 or 2 or 4$"),
+        (["--tp", 4, "--ffn-hidden-size", 90], "ffn_hidden_size=90 .* use --tp 1 or 2$"),
+        (["--tp", 2, "--vocab-multiple", 101], "size=303 .* --tp 1, or give --vocab-multiple a m"),
+        (["--dp", 3], "--batch-size 4 does not divide .* on 3 data-parallel ranks"),
+        (["--micro-batch", 3], "train: --batch-size 4 does not divide into .* of 3 .* use 3 or 6$"),
         (["--tp", 0], "tp=0: an axis has at least 1 rank"),
         (["--preset", "huge"], "preset 'huge' is unknown; use one of tiny, laptop"),
         (["--model", "t5"], "model 't5' is unknown; use one of gpt2, bert"),
@@ -351,7 +359,7 @@ def no_ranks(monkeypatch):
         (["--hidden-size", 66], "hidden_size=66 does not divide by num_heads=4"),
         (["--steps", 0], "steps=0: must be at least 1"),
         (["--lr", -1], "lr=-1.0: must be a number above 0"),
-        (["--max-seq-len", 100_000], "hold .* tokens; a sample of seq_len 100000"),
+        (["--max-seq-len", 100_000], "of --max-seq-len 100000 .* use a --max-seq-len from"),
         (["--tokenizer", "absent.json"], "absent.json: no tokenizer there"),
     ],
 )
@@ -425,6 +433,184 @@ def test_text_that_is_none(corpus, tmp_path, capsys):
     assert "an empty corpus" in refusal(capsys, "train", *rest, tmp_path / "blank.txt")
     assert "is not read as text" in refusal(capsys, "train", *rest, tmp_path / "a.pdf")
     assert "no string in field 'text'" in refusal(capsys, "train", *rest, corpus / "a.jsonl")
+
+
+def content(folder):
+    "What lies in a folder: every file below it."
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+OTHER_TEXT = ["Quick zebras jump over lazy wolves. A fox waits! Bright owls vex it."] * 9
+
+
+def other_tokens(folder, model="gpt2", **options):
+    "Another text, prepared by a tokenizer of its own."
+    (folder / "other.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in OTHER_TEXT))
+    prepare((folder / "other.jsonl",), folder / "other", model=model, **options)
+    return folder / "other"
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("data", ["other", "other.jsonl", "ready"])
+def test_a_run_keeps_its_tokenizer(corpus, sentences, run, bert_run, tmp_path, capsys, kind, data):
+    "Another one beside the tokens, or named: refused, and the run is as it was."
+    own, ready = {"gpt2": (run, corpus / "ready"), "bert": (bert_run, sentences)}[kind]
+    other, kept = other_tokens(tmp_path, kind, vocab_size=280), content(own)
+    options = [*(SHORT if kind == "gpt2" else SMALL_BERT), "--steps", 9, "--resume", "auto"]
+    named = {"other": [], "other.jsonl": ["--tokenizer", other], "ready": ["--tokenizer", other]}
+    path = ready if data == "ready" else tmp_path / data
+    text = refusal(capsys, "train", *options, "--data", path, "--out", own, *named[data])
+    if data == "ready":
+        assert f"--tokenizer {other}: {ready}/tokens was not written by it" in text
+    else:
+        assert f"{own} was trained with another tokenizer, {own}/tokenizer.json" in text
+        assert f"--tokenizer {own}/tokenizer.json, or choose another --out" in text
+    assert content(own) == kept
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_run_goes_on_with_other_text_by_its_own_tokenizer(
+    corpus, run, bert_run, tmp_path, kind
+):
+    copy = shutil.copytree({"gpt2": run, "bert": bert_run}[kind], tmp_path / "copy")
+    before, more = (copy / "tokenizer.json").read_bytes(), ["--resume", "auto"]
+    if kind == "gpt2":
+        train(corpus, copy, "a.txt", 5, more)
+    else:
+        train_bert(corpus / "a.jsonl", copy, 5, [*more, "--text-field", "body"])
+    assert (copy / "tokenizer.json").read_bytes() == before
+    assert len(losses(copy)) == 5 and TokenFile(copy / "tokens").num_tokens > 1000
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_text_for_a_run_without_a_tokenizer(corpus, run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "tokenizer.json").unlink()
+    kept, rest = content(copy), ("--out", copy, "--resume", "auto", "--steps", 9)
+    text = refusal(capsys, "train", *SHORT, "--data", corpus / "a.txt", *rest)
+    assert "a run without a tokenizer.json" in text and "--tokenizer" in text
+    other = other_tokens(tmp_path, vocab_size=300)
+    text = refusal(capsys, "train", *SHORT, "--data", other, *rest)
+    assert "vocab_size is 280, and 300 here" in text
+    assert content(copy) == kept
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_tokenizer_that_did_not_write_the_tokens(
+    corpus, sentences, tmp_path, capsys, kind
+):
+    "Of the same size, so that every id exists in both."
+    size, ready, options = {
+        "gpt2": (280, corpus / "ready", SHORT), "bert": (40, sentences, SMALL_BERT)
+    }[kind]
+    other = other_tokens(tmp_path, kind, vocab_size=max(size, 60)) / "tokenizer.json"
+    text = refusal(
+        capsys, "train", *options, "--data", ready, "--tokenizer", other, "--out", tmp_path / "run"
+    )
+    assert f"--tokenizer {other}: {ready}/tokens was not written by it, but by {ready}" in text
+    assert "leave --tokenizer out" in text
+    assert f"megatron-edu prepare TEXT --model {kind} --tokenizer {other}" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("gpt2", ["--max-seq-len", 32], "max_seq_len is 16, and 32 here; .* --max-seq-len 16,"),
+        ("gpt2", ["--gelu", "exact"], "gelu is tanh, and exact here; go on with --gelu tanh,"),
+        ("gpt2", ["--ffn-hidden-size", 64], "go on with --ffn-hidden-size 256, or choose another"),
+        ("gpt2", ["--vocab-multiple", 64], "go on with --vocab-multiple 128, or choose another"),
+        (
+            "gpt2", ["--num-layers", 2, "--hidden-size", 32],
+            "num_layers is 1, and 2 here, hidden_size .* --num-layers 1 --hidden-size 64",
+        ),
+        ("bert", ["--layer-norm", "post"], "layer_norm is pre, and post here; .*norm pre,"),
+        ("bert", ["--num-token-types", 3], "go on with --num-token-types 2,"),
+        ("bert", ["--max-seq-len", 32], "max_seq_len is 16, and 32 here; .* --max-seq-len 16,"),
+    ],
+)
+def test_a_run_of_another_model_is_told_by_its_options(
+    corpus, sentences, run, bert_run, capsys, kind, options, words
+):
+    own, ready, short = {
+        "gpt2": (run, corpus / "ready", SHORT), "bert": (bert_run, sentences, SMALL_BERT)
+    }[kind]
+    kept, rest = content(own), ("--resume", "auto", "--steps", 9)
+    text = refusal(capsys, "train", *short, "--data", ready, "--out", own, *rest, *options)
+    assert f"{own}/step-00000004 is of another model" in text
+    assert re.search(words, " ".join(text.split())), text
+    assert content(own) == kept
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_ranks_that_do_not_divide_are_refused_before_text_is_read(corpus, tmp_path, capsys):
+    rest = "--data", corpus / "a.txt", "--out", tmp_path / "run", "--tp", 3
+    assert "use --tp 1 or 2 or 4" in refusal(capsys, "train", *SHORT, *rest)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_run_that_is_done_says_so(corpus, sentences, run, bert_run, capsys, kind):
+    own, ready, short = {
+        "gpt2": (run, corpus / "ready", SHORT), "bert": (bert_run, sentences, SMALL_BERT)
+    }[kind]
+    kept = content(own)
+    for steps in (4, 3):
+        words = "train", *short, "--data", ready, "--out", own, "--steps", steps, "--resume", "auto"
+        cli.main([str(word) for word in words])
+        last = f"{own}/step-00000004: 4 of {steps} steps are done; to go on, give more --steps\n"
+        assert capsys.readouterr().out == last
+    assert content(own) == kept
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_sequences_longer_than_any_document_are_told(
+    corpus, sentences, tmp_path, capsys, monkeypatch, kind
+):
+    "Before the first rank starts, so that nobody waits without a word."
+    monkeypatch.setattr(cli_train, "launch", lambda *args: print("ranks start"))
+    ready, short, extra, rest = {
+        "gpt2": (corpus / "ready", SHORT, 0, "a sample is of several"),
+        "bert": (sentences, SMALL_BERT, 3, "the rest of a sample is padding"),
+    }[kind]
+    longest = int(np.diff(TokenFile(ready / "tokens").document_starts).max())
+    for length in (longest + extra, longest + extra + 1):
+        more = "--max-seq-len", length, "--validation", 0.5
+        words = "train", *short, "--data", ready, "--out", tmp_path / "run", *more
+        cli.main([str(word) for word in words])
+        *_, note, samples, start = capsys.readouterr().out.splitlines()
+        assert start == "ranks start"
+        told = f"length     {length} tokens; the longest document has {longest}, {rest}"
+        assert (note == told) == (length > longest + extra), note
+        assert ("a validation on 4 samples" in samples) == (length > longest + extra)
+
+
+def test_what_may_change_when_a_run_goes_on(corpus, run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "copy")
+    more = ["--dropout", 0.2, "--recompute", "--ffn-hidden-size", 256, "--vocab-multiple", 384]
+    train(corpus, copy, steps=5, more=["--resume", "auto", *more])
+    assert len(losses(copy)) == 5
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize("source", ["tokens", "text"])
+def test_a_vocabulary_size_beside_a_tokenizer(
+    corpus, sentences, tmp_path, capsys, kind, source
+):
+    size, ready, short = {
+        "gpt2": (280, corpus / "ready", SHORT), "bert": (40, sentences, SMALL_BERT)
+    }[kind]
+    data = [ready] if source == "tokens" else [corpus / "a.txt", "--tokenizer", ready]
+    rest = "--vocab-size", 1000, "--out", tmp_path / "run"
+    text = refusal(capsys, "train", *short, "--data", *data, *rest)
+    assert f"--vocab-size 1000: {ready}" in text and f" has {size} tokens" in text
+    assert "leave --vocab-size out" in text and f"--model {kind} --vocab-size 1000" in text
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("no_ranks")
@@ -501,6 +687,43 @@ def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
 def test_prepare_refuses_what_holds_no_text(tmp_path, capsys):
     text = refusal(capsys, "prepare", tmp_path / "absent", "--out", tmp_path / "out")
     assert "no such path" in text and not (tmp_path / "out").exists()
+
+
+def vocabulary_files(folder):
+    "The files that GPT-2 and BERT were published with, of small vocabularies."
+    pieces = train_wordpiece(OTHER_TEXT, 60).core.get_vocab()
+    (folder / "vocab.txt").write_text("\n".join(sorted(pieces, key=pieces.get)))
+    train_tokenizer(OTHER_TEXT, 300).core.model.save(str(folder), "gpt2")
+    (folder / "gpt2").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(folder / f"gpt2-{name}", folder / "gpt2" / name)
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("bert", ["gpt2-vocab.json", "gpt2-merges.txt", "gpt2", "ready", "ready/tokenizer.json"]),
+        ("gpt2", ["vocab.txt", "sentences", "sentences/tokenizer.json"]),
+    ],
+)
+def test_prepare_says_whose_a_tokenizer_is(corpus, sentences, tmp_path, capsys, model, names):
+    vocabulary_files(tmp_path)
+    other, kind = {"bert": ("gpt2", "WordPiece"), "gpt2": ("bert", "byte-level BPE")}[model]
+    source, out = corpus / "a.txt", tmp_path / "out"
+    for name in names:
+        path = tmp_path / name if (tmp_path / name).exists() else corpus / name
+        words = "prepare", source, "--model", model, "--tokenizer", path, "--out", out
+        text = refusal(capsys, *words)
+        assert f"{path}: the tokenizer of a {other}, and a {model} needs a {kind}" in text
+        assert f"go on with --model {other}, or" in text and not out.exists()
+
+
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_prepare_says_what_is_wrong_with_a_tokenizer_of_nobody(corpus, tmp_path, capsys, model):
+    (tmp_path / "words.txt").write_text("one\ntwo\n")
+    words = "--model", model, "--tokenizer", tmp_path / "words.txt", "--out", tmp_path / "out"
+    text = refusal(capsys, "prepare", corpus / "a.txt", *words)
+    assert f"words.txt, read as the tokenizer of a {model} (see --model): " in text
 
 
 def written(capsys, *args):
@@ -628,11 +851,36 @@ def test_convert_refuses(run, tmp_path, capsys):
             capsys, "convert", "--from", run, "--to", tmp_path / "full", "--format", form
         )
         assert "is not empty" in text
-    absent = tmp_path / "absent"
-    for form in ("huggingface", "megatron_edu"):
-        to = tmp_path / "x"
-        text = refusal(capsys, "convert", "--from", absent, "--to", to, "--format", form)
-        assert "cannot be read" in text and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+@pytest.mark.parametrize(
+    ("source", "form", "words"),
+    [
+        ("own", "megatron_edu", "a model of megatron-edu already; .* with --format huggingface"),
+        ("own/step-00000004", "megatron_edu", "a model of megatron-edu already; .* --format hugg"),
+        ("theirs", "huggingface", "a folder of transformers already; .* --format megatron_edu$"),
+        ("nowhere", "huggingface", "no such folder; .* is made from a run, or .*; name one$"),
+        ("nowhere", "megatron_edu", "no such folder; .* that transformers saved; name one$"),
+        ("tokens", "huggingface", "a prepared text; .* is made from a run, or .*; name one$"),
+        ("tokens", "megatron_edu", "a prepared text; .* that transformers saved; name one$"),
+        ("empty", "huggingface", "a folder without a model; .* is made from a run"),
+        ("own/metrics.jsonl", "huggingface", "a file; .* is made from a run"),
+    ],
+)
+def test_convert_says_what_a_folder_is(
+    corpus, sentences, run, bert_run, tmp_path, capsys, kind, source, form, words
+):
+    (tmp_path / "empty").mkdir()
+    links = {"gpt2": (run, corpus / "ready"), "bert": (bert_run, sentences)}[kind]
+    for name, target in zip(("own", "tokens"), links, strict=True):
+        (tmp_path / name).symlink_to(target)
+    cli.main(f"convert --from {tmp_path}/own --to {tmp_path}/theirs".split())
+    path, to = tmp_path / source, tmp_path / "new"
+    text = refusal(capsys, "convert", "--from", path, "--to", to, "--format", form)
+    assert text.startswith(f"megatron-edu convert: {path}: ")
+    assert re.search(words, text.strip()), text
+    assert not to.exists()
 
 
 # ------------------------------------------------------------------------------------------ BERT
@@ -752,10 +1000,11 @@ def test_a_bare_token_file_needs_a_tokenizer(sentences, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tp", 3], "num_heads=4 does not divide among 3"),
-        (["--dp", 3], "global_batch 4 does not divide .* on 3 data-parallel ranks"),
-        (["--tp", 2, "--vocab-multiple", 61], "padded_vocab_size=61 .* vocab_multiple"),
-        (["--max-seq-len", 4], "seq_len 4; 3 special tokens"),
+        (["--tp", 3], "tp=3: it must divide num_heads=4, .* use --tp 1 or 2 or 4$"),
+        (["--dp", 3], "--batch-size 4 does not divide .* on 3 data-parallel ranks"),
+        (["--micro-batch", 3], "train: --batch-size 4 does not divide into .* of 3 .* use 3 or 6$"),
+        (["--tp", 2, "--vocab-multiple", 61], "size=61 .* --tp 1, or give --vocab-multiple a m"),
+        (["--max-seq-len", 4], "train: --max-seq-len 4; 3 special tokens"),
         (["--layer-norm", "both"], "--layer-norm"),
         (["--num-token-types", 0], "num_token_types=0: must be a whole number, at least 1"),
         (["--model", "gpt2"], "--model gpt2 --preset bert-tiny: .* is a bert"),
@@ -774,15 +1023,22 @@ def test_options_that_a_bert_cannot_have(sentences, tmp_path, capsys, options, w
 def test_the_other_models_tokens_are_refused(corpus, sentences, tmp_path, capsys):
     rest = "--out", tmp_path / "run", "--data"
     text = refusal(capsys, "train", *SHORT, *rest, sentences)
-    assert "read as the tokenizer of a gpt2 (see --model)" in text
-    text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready")
-    assert "read as the tokenizer of a bert (see --model)" in text and "[MASK]" in text
+    assert f"{sentences}/tokenizer.json: the tokenizer of a bert, and a gpt2 needs" in text
+    assert "go on with --model bert, or prepare the text with" in text
+    assert "megatron-edu prepare --model gpt2" in text and "eod_token" not in text
     pieces = "--tokenizer", sentences / "tokenizer.json"
-    text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready", *pieces)
+    for more in ((), pieces):
+        text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready", *more)
+        assert f"{corpus}/ready/tokenizer.json: the tokenizer of a gpt2, and a bert needs" in text
+        assert "go on with --model gpt2, or prepare the text with" in text
+        assert "megatron-edu prepare --model bert" in text and "train_wordpiece" not in text
+    alone = bare(corpus / "ready", tmp_path)
+    text = refusal(capsys, "train", *SMALL_BERT, *rest, alone, *pieces)
     assert "token id" in text and "outside the vocabulary" in text
     lone = prepare_documents(["The cat sat on the mat."] * 9, tmp_path, load_wordpiece(sentences))
     text = refusal(capsys, "train", *SMALL_BERT, *rest, lone.prefix)
     assert "none of the documents" in text and "has two sentences" in text
+    assert "write the file with megatron-edu prepare --model bert, or add text" in text
     assert not (tmp_path / "run").exists()
 
 
@@ -817,6 +1073,16 @@ def test_convert_a_bert_both_ways_with_its_tokenizer(sentences, tmp_path, order)
     assert b.config.layer_norm == order
     b = b.state_dict()
     assert all(torch.equal(x[:40], b[name][:40]) for name, x in a.state_dict().items())
+
+
+def test_convert_takes_a_checkpoint_of_weights_alone(run, tmp_path, capsys):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / "step-00000004" / name, tmp_path)
+    cli.main(f"convert --from {tmp_path} --to {tmp_path / 'theirs'}".split())
+    assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "theirs").config.n_layer == 1
+    (tmp_path / "config.json").write_text('{"architecture"')
+    text = refusal(capsys, "convert", "--from", tmp_path, "--to", tmp_path / "new")
+    assert "config.json cannot be read as a checkpoint's file" in text
 
 
 def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):

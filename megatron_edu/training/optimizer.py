@@ -16,8 +16,9 @@ from torch import nn
 # %% ../../nbs/6_training/01_optimizer.ipynb #5d7ab109
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, its learning rate over time, and clipping. The defaults are the paper's GPT-2 (4.2).
+    """AdamW, its learning rate over time, and clipping.
 
+    Without arguments it is that of the paper's GPT-2 (4.2); the presets of `train` have their own.
     Raises `ValueError` for numbers with which no run can go well, NaN among them.
     """
 
