@@ -123,8 +123,8 @@ def filled(
 
 # %% ../nbs/7_using/02_demo_bert.ipynb #a6b81b5b
 def first_samples(tokens: TokenFile, tokenizer: WordPiece) -> Batch:
-    "Four samples of 64 tokens: enough to tell right from wrong."
-    return BertSamples(tokens, tokenizer, 64, 4).batch(range(4))
+    "Eight samples of 64 tokens: enough to tell right from wrong."
+    return BertSamples(tokens, tokenizer, 64, 8).batch(range(8))
 
 # %% ../nbs/7_using/02_demo_bert.ipynb #12a19d38
 def progress(run: Path) -> list[str]:
