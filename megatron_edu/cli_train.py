@@ -137,7 +137,7 @@ def command_words() -> Iterator[None]:
 def check_plan(config: TrainConfig) -> None:
     "Raise `ValueError` for sizes that do not divide among the ranks, before any rank starts."
     model, run, tp, dp = config.model, config.run, config.parallel.tp, config.parallel.dp
-    if model.num_heads % tp or model.ffn_size % tp:     # the vocabulary may not be known yet
+    if model.num_heads % tp or model.ffn_size % tp:     # the vocabulary is known with the tokens
         check_split(model, tp, trained=False)
     micro_batch = run.micro_batch or max(1, run.batch_size // dp)
     check_sizes(run.batch_size, run.batch_size, micro_batch, 0, dp)
@@ -194,8 +194,8 @@ def find_tokenizer(
     if own and not same_ids(chosen, read_tokenizer(own, kind)):
         raise ValueError(
             f"{path}: {out} was trained with another tokenizer, {own}, and its model knows no "
-            "other ids; go on with its own data, or with text that was prepared with --tokenizer "
-            f"{own}, or choose another --out"
+            "other ids; go on with its own data, write the tokens of other text with megatron-edu "
+            f"prepare TEXT --model {kind} --tokenizer {own} --out FOLDER, or choose another --out"
         )
     asked, size = model.vocab_size, chosen.vocab_size
     if path != own and asked not in (size, PRESETS[arguments.preset].vocab_size):
@@ -240,6 +240,7 @@ def find_tokens(
             f"{named} is no token file, and many ranks of torchrun would write the same one; "
             "run megatron-edu prepare first, and give its folder"
         )
+    check_plan(arguments.config)        # text may take long
     vocab_size = arguments.config.model.vocab_size
     file = prepare(arguments.data, out, path, vocab_size, arguments.text_field, kind)
     return file, out / TOKENIZER
@@ -307,13 +308,13 @@ def run_training(arguments: TrainArguments) -> None:
     config, out = arguments.config, arguments.config.run.out
     checkpoint = latest_checkpoint(out)
     check_run(config, checkpoint)
-    check_plan(config)
     tokens, path = find_tokens(arguments, checkpoint is not None)
     tokenizer = None if path is None else read_tokenizer(path, kind_of(config.model))
     if tokenizer is not None:
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
     if checkpoint is not None:
         check_model(config.model, load_config(checkpoint), checkpoint)
+    check_plan(config)
     check_tokens(config, tokens, tokenizer)
     steps, done = config.run.steps, 0 if checkpoint is None else load_state(checkpoint)["step"]
     first = os.environ.get("RANK", "0") == "0"

@@ -346,7 +346,7 @@ def no_ranks(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tp", 3], "tp=3: it must divide num_heads=4, .* use --tp 1 or 2 or 4$"),
+        (["--tp", 3], "tp=3: it must divide num_heads=4, .*_size=384 of .* use --tp 1 or 2 or 4$"),
         (["--tp", 4, "--ffn-hidden-size", 90], "ffn_hidden_size=90 .* use --tp 1 or 2$"),
         (["--tp", 2, "--vocab-multiple", 101], "size=303 .* --tp 1, or give --vocab-multiple a m"),
         (["--dp", 3], "--batch-size 4 does not divide .* on 3 data-parallel ranks"),
@@ -465,7 +465,8 @@ def test_a_run_keeps_its_tokenizer(corpus, sentences, run, bert_run, tmp_path, c
         assert f"--tokenizer {other}: {ready}/tokens was not written by it" in text
     else:
         assert f"{own} was trained with another tokenizer, {own}/tokenizer.json" in text
-        assert f"--tokenizer {own}/tokenizer.json, or choose another --out" in text
+        command = f"prepare TEXT --model {kind} --tokenizer {own}/tokenizer.json --out FOLDER"
+        assert f"megatron-edu {command}, or choose another --out" in text
     assert content(own) == kept
 
 
