@@ -187,4 +187,6 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    # `make test &` ignores Ctrl-C, and what it starts would, too: some checks are of Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))
