@@ -171,7 +171,7 @@ def check_source(
         f"{source}: {what}; --format {to_write} is made from {WANTED[to_write]}; {remedy}"
     )
 
-
+# %% ../nbs/7_using/03_cli.ipynb #66d08f89
 def convert_command(args: list[str]) -> None:
     "The verb `convert`."
     asked = parse("convert", ConvertArguments, args)

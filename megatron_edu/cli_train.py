@@ -206,7 +206,7 @@ def find_tokenizer(
         )
     return path
 
-
+# %% ../nbs/7_using/02_train.ipynb #268f9a70
 def same_ids(a: Tokenizer | WordPiece, b: Tokenizer | WordPiece) -> bool:
     "Whether each id means the same token to both."
     return a.core.get_vocab() == b.core.get_vocab()
@@ -265,7 +265,7 @@ def check_run(config: TrainConfig, checkpoint: Path | None) -> None:
         )
     check_model(replace(config.model, vocab_size=saved.vocab_size), saved, checkpoint)
 
-
+# %% ../nbs/7_using/02_train.ipynb #e0d8bd0f
 FREE = {"dropout", "recompute", "init_std"}     # of a model, what may change when a run goes on
 
 

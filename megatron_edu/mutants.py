@@ -51,7 +51,7 @@ class Mutant:
 
         return mock.patch(target, replacement)
 
-
+# %% ../nbs/4_models/06_mutants.ipynb #f5ee30cf
 def mutant(
     registry: dict[str, Mutant],    # by name
     target: str,                    # these four as in `Mutant`
@@ -189,7 +189,7 @@ def target_not_exchanged(real, x, group):
         found[:rank, 1] = found[rank + 1 :, 1] = 0
     return _exchanged(real, x, group, change)
 
-
+# %% ../nbs/4_models/06_mutants.ipynb #e4de0f04
 @_mutant("tensor_parallel.fused_loss.own_columns",
          "target looked up on every rank", "section 3: one rank has the target's logit")
 def target_on_every_rank(real, targets, first, columns):

@@ -89,7 +89,7 @@ def read_tokenizer(
         "trains a tokenizer where --tokenizer names none"
     )
 
-
+# %% ../nbs/7_using/00_prepare.ipynb #000205c6
 def prepare(
     inputs: tuple[Path, ...],               # .txt and .jsonl files, and folders of them
     out: Path,                              # folder to write to

@@ -103,7 +103,7 @@ def usable_documents(
         )
     return bounds[:-1][long], bounds[1:][long]
 
-
+# %% ../../nbs/5_data/08_bert_samples.ipynb #df29e308
 class Places:
     """Where each sample lies: epoch after epoch, each cut and shuffled anew. One epoch is held.
 

@@ -205,7 +205,7 @@ def load_weights(
     "Load this rank's slices of a checkpoint's weights. `ValueError` if they do not fit the model."
     model.load_state_dict(shard_state_dict(_read_tensors(Path(folder) / MODEL), model))
 
-
+# %% ../../nbs/6_training/04_checkpoint.ipynb #073f41b3
 def load_config(
     folder: Path,           # a checkpoint's folder
 ) -> ModelConfig:           # a GPT-2's where no architecture is named
