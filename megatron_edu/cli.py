@@ -17,7 +17,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from .cli_train import check_split, given, kind_of, parse, train_command
+from .cli_checks import check_split, kind_of
+from .cli_train import given, parse, train_command
 from .config import ModelConfig
 from .data.tokenizer import load_tokenizer
 from .demo import DemoConfig, demo
