@@ -13,7 +13,8 @@ from typing import Literal
 
 from .data.corpus import read_documents
 from .data.sentences import sentences_to_file
-from .data.token_file import TokenFile, bin_path, idx_path, tokenize_to_file
+from .data.token_file import TokenFile, bin_path, idx_path
+from .data.token_writer import tokenize_to_file
 from .data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from .data.wordpiece import WordPiece, load_wordpiece, train_wordpiece
 

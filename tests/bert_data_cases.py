@@ -3,7 +3,8 @@
 import numpy as np
 from tokenizers import models
 
-from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.data.wordpiece import SPECIAL, WordPiece, uncased
 
 

@@ -16,7 +16,8 @@ from gpt2_cases import config
 
 from megatron_edu import cli, cli_train
 from megatron_edu.config import PRESETS
-from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.models.bert import Bert

@@ -23,7 +23,8 @@ from megatron_edu.data.corpus import embedded_corpus, read_documents
 from megatron_edu.data.gpt2 import split_documents
 from megatron_edu.data.sampler import IGNORED
 from megatron_edu.data.sentences import sentences_to_file
-from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 
 SIGMAS = 5

@@ -10,7 +10,8 @@ from megatron_edu.comm import Ledger
 from megatron_edu.config import BertConfig, GPT2Config
 from megatron_edu.data.gpt2 import GPT2Samples
 from megatron_edu.data.sampler import BatchSampler, Field, batch_fields, broadcast_batch
-from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.ranks import RankError
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_edu.data.gpt2 import GPT2Samples, SampleIndex, split_documents
-from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.token_writer import TokenFileWriter
 
 
 def numbered_file(prefix, sizes) -> TokenFile:

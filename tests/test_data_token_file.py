@@ -11,7 +11,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from megatron_edu.data.token_file import TokenFile, TokenFileWriter, tokenize_to_file
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.token_writer import TokenFileWriter, tokenize_to_file
 from megatron_edu.data.tokenizer import train_tokenizer
 
 MEGATRON_FILES = ["fim_text_document", "test_text_document"]
@@ -234,7 +235,7 @@ def test_ids_that_the_type_cannot_hold_are_refused(tmp_path):
 
 
 def test_a_document_of_more_tokens_than_the_format_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_edu.data.token_file.MAX_SIZE", 5)
+    monkeypatch.setattr("megatron_edu.data.token_writer.MAX_SIZE", 5)
     with pytest.raises(ValueError, match="over 5 tokens in one document"):
         write(tmp_path / "x", [[1, 2, 3], [1] * 6], 100)
     assert files_in(tmp_path) == {}
@@ -253,7 +254,7 @@ def test_an_interrupted_write_leaves_what_was_there(small, failure):
 
 def test_a_killed_writer_leaves_nothing_under_the_final_names(tmp_path):
     program = (
-        "import sys, time; from megatron_edu.data.token_file import TokenFileWriter\n"
+        "import sys, time; from megatron_edu.data.token_writer import TokenFileWriter\n"
         "with TokenFileWriter(sys.argv[1], 100) as writer:\n"
         "    writer.append([7] * 3_000_000); print('written', flush=True); time.sleep(60)\n"
     )
@@ -270,7 +271,7 @@ def test_a_full_disk_leaves_the_old_file_whole(small):
     before = files_in(small.parent)
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "from megatron_edu.data.token_file import TokenFileWriter\n"
+        "from megatron_edu.data.token_writer import TokenFileWriter\n"
         "with TokenFileWriter(sys.argv[1], 100) as writer: writer.append([7] * 3_000_000)\n"
     )
     command = [sys.executable, "-c", program, str(small)]

@@ -18,7 +18,8 @@ import torch
 from megatron_edu import reference
 from megatron_edu.config import GPT2Config
 from megatron_edu.data.gpt2 import GPT2Samples
-from megatron_edu.data.token_file import TokenFile, TokenFileWriter
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
 from megatron_edu.training import journal, loop, step

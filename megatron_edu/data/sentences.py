@@ -14,7 +14,8 @@ from pathlib import Path
 import sentencex
 
 from .corpus import cut_text
-from .token_file import TokenFile, TokenFileWriter
+from .token_file import TokenFile
+from .token_writer import TokenFileWriter
 from .wordpiece import WordPiece
 
 # %% ../../nbs/5_data/07_sentences.ipynb #a17cdab6

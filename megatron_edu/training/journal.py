@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..data.token_file import written_aside
+from ..data.token_writer import written_aside
 from .run import TrainConfig
 
 # %% ../../nbs/6_training/08_journal.ipynb #7ea90b39
