@@ -18,9 +18,10 @@ import torch
 from bert_data_cases import numbered_file, numbered_wordpiece, random_file
 
 from megatron_edu.data import bert
-from megatron_edu.data.bert import BertSamples, chosen, draws, fit, hide, ngrams, stretch
+from megatron_edu.data.bert import BertSamples, draws, fit, stretch
 from megatron_edu.data.corpus import embedded_corpus, read_documents
 from megatron_edu.data.gpt2 import split_documents
+from megatron_edu.data.masking import chosen, hide, ngrams
 from megatron_edu.data.sampler import IGNORED
 from megatron_edu.data.sentences import sentences_to_file
 from megatron_edu.data.token_file import TokenFile
