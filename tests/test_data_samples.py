@@ -188,6 +188,7 @@ def test_of_a_long_run_one_epoch_is_held(tmp_path):
     samples.batch(range(100_000, 100_512))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    assert samples.epochs[32] is samples.epochs[32]     # not drawn anew
     of_an_epoch = sum(array.nbytes for array in samples.epochs[32])
     assert peak < 5 * of_an_epoch < 1e6
 
@@ -209,11 +210,12 @@ def test_samples_are_the_same_in_any_order(tmp_path, seq_len):
     ("options", "message"),
     [
         ({"seq_len": 20}, "3 documents hold 20 tokens; a sample of seq_len 20 takes 21.*1 to 19"),
-        ({"seq_len": 0}, "a sample of seq_len 0"),
+        ({"seq_len": 0}, "a sample of seq_len 0 takes 2; use .* from 1 to 19"),
         ({"seq_len": 4, "num_samples": 0}, "num_samples 0; it must be 1 or more"),
         ({"seq_len": 4, "documents": range(2, 4)}, r"documents range\(2, 4\) of 3"),
         ({"seq_len": 4, "documents": range(0, 3, 2)}, "step 1"),
-        ({"seq_len": 4, "documents": range(1, 1)}, "0 documents hold 0 tokens"),
+        ({"seq_len": 4, "documents": range(1, 1)}, "0 documents hold 0 tokens.* from 1 to 1,"),
+        ({"seq_len": 4, "documents": range(-1, 2)}, r"documents range\(-1, 2\) of 3"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, options, message):
