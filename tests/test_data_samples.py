@@ -240,6 +240,7 @@ def test_a_split_has_every_document_once(count, fractions):
     for part, fraction in zip(parts, fractions):
         assert abs(len(part) - fraction * count) <= 1
         assert (len(part) > 0) == (fraction > 0)
+    assert split_documents(10, (0.28, 0.72)) == [range(0, 3), range(3, 10)]     # the nearest number
 
 
 def test_a_split_that_cannot_be_made():

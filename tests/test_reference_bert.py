@@ -554,6 +554,9 @@ def test_other_shapes(name):
     rule = rf"{name} has shape \(1, 11\), input_ids \(3, 11\); give one number for each token"
     with pytest.raises(ValueError, match=rule):
         Bert(SMALL).loss(**data)
+    data[name] = batch(SMALL)[name].T       # as many numbers
+    with pytest.raises(ValueError, match=rf"{name} has shape \(11, 3\), input_ids \(3, 11\)"):
+        Bert(SMALL).loss(**data)
 
 
 def test_an_order_for_other_rows():
