@@ -372,9 +372,9 @@ def test_sums_are_divided_by_any_number(divisor):
         torch.testing.assert_close(mean * divisor, sums[name], rtol=1e-14, atol=0)
 
 
-def test_coarse_weights_are_summed_finely():
+def test_weights_are_summed_in_the_type_of_the_loss():
     model, data = shaken(SMALL), batch(SMALL, rows=9)
-    weights = torch.rand(data["labels"].shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weights = torch.rand(data["labels"].shape, generator=torch.Generator().manual_seed(1))
     found, want = (model.losses(**data, loss_mask=each) for each in (weights, weights.double()))
     torch.testing.assert_close(found["mlm"], want["mlm"], rtol=1e-12, atol=0)
 
