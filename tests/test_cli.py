@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -361,6 +362,7 @@ def no_ranks(monkeypatch):
         (["--steps", 0], "steps=0: must be at least 1"),
         (["--lr", -1], "lr=-1.0: must be a number above 0"),
         (["--max-seq-len", 100_000], "of --max-seq-len 100000 .* use a --max-seq-len from"),
+        (["--max-seq-len", 2000], " 1 documents hold .* of --max-seq-len 2000 "),      # held out
         (["--tokenizer", "absent.json"], "absent.json: no tokenizer there"),
     ],
 )
@@ -370,6 +372,15 @@ def test_options_that_cannot_be(corpus, tmp_path, capsys, options, words):
     )
     assert re.search(words, " ".join(text.split())), text
     assert not (tmp_path / "run").exists()
+
+
+def test_only_whole_words_become_options():
+    "Not the parts of a path, nor of another name."
+    said = "global_batch 4, seq_len 9: /a/seq_len/b, seq_len.txt, max_seq_len, seq_lens"
+    with pytest.raises(ValueError) as error, cli_train.command_words():
+        raise ValueError(said)
+    words = said.replace("global_batch", "--batch-size").replace("seq_len 9", "--max-seq-len 9")
+    assert str(error.value) == words
 
 
 def short_index(folder):
@@ -495,6 +506,7 @@ def test_text_for_a_run_without_a_tokenizer(corpus, run, tmp_path, capsys):
     other = other_tokens(tmp_path, vocab_size=300)
     text = refusal(capsys, "train", *SHORT, "--data", other, *rest)
     assert "vocab_size is 280, and 300 here" in text
+    assert "go on with --vocab-size 280 and a token file of that vocabulary" in text
     assert content(copy) == kept
 
 
@@ -525,6 +537,7 @@ def test_a_tokenizer_that_did_not_write_the_tokens(
         ("gpt2", ["--gelu", "exact"], "gelu is tanh, and exact here; go on with --gelu tanh,"),
         ("gpt2", ["--ffn-hidden-size", 64], "go on with --ffn-hidden-size 256, or choose another"),
         ("gpt2", ["--vocab-multiple", 64], "go on with --vocab-multiple 128, or choose another"),
+        ("gpt2", ["--layer-norm-eps", 0.1], "go on with --layer-norm-eps 1e-05, or choose another"),
         (
             "gpt2", ["--num-layers", 2, "--hidden-size", 32],
             "num_layers is 1, and 2 here, hidden_size .* --num-layers 1 --hidden-size 64",
@@ -581,20 +594,20 @@ def test_sequences_longer_than_any_document_are_told(
     }[kind]
     longest = int(np.diff(TokenFile(ready / "tokens").document_starts).max())
     for length in (longest + extra, longest + extra + 1):
-        more = "--max-seq-len", length, "--validation", 0.5
+        more = "--max-seq-len", length, "--validation", 0.5, "--eval-batches", 3
         words = "train", *short, "--data", ready, "--out", tmp_path / "run", *more
         cli.main([str(word) for word in words])
         *_, note, samples, start = capsys.readouterr().out.splitlines()
         assert start == "ranks start"
         told = f"length     {length} tokens; the longest document has {longest}, {rest}"
         assert (note == told) == (length > longest + extra), note
-        assert ("a validation on 4 samples" in samples) == (length > longest + extra)
+        assert ("a validation on 12 samples" in samples) == (length > longest + extra)
 
 
 def test_what_may_change_when_a_run_goes_on(corpus, run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     more = ["--dropout", 0.2, "--recompute", "--ffn-hidden-size", 256, "--vocab-multiple", 384]
-    train(corpus, copy, steps=5, more=["--resume", "auto", *more])
+    train(corpus, copy, steps=5, more=["--resume", "auto", "--init-std", 0.01, *more])
     assert len(losses(copy)) == 5
 
 
@@ -625,9 +638,9 @@ def test_a_missing_option_is_named(corpus, tmp_path, capsys):
 @pytest.mark.usefixtures("no_ranks")
 def test_ranks_of_torchrun_do_not_all_write_the_token_file(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    text = refusal(
-        capsys, "train", *SHORT, "--data", corpus / "a.txt", "--out", tmp_path / "run"
-    )
+    data = corpus / "a.txt", corpus / "a.jsonl"
+    text = refusal(capsys, "train", *SHORT, "--out", tmp_path / "run", "--data", *data)
+    assert f"{data[0]}, {data[1]} is no token file" in text
     assert "run megatron-edu prepare first" in text and not (tmp_path / "run").exists()
 
 
@@ -787,6 +800,12 @@ def test_the_mark_of_an_empty_prompt_does_not_end_the_text(brief, capsys):
     assert text.count("<|endoftext|>") == 2 and text.endswith("<|endoftext|>\n")
 
 
+def test_the_tokenizer_of_a_run_is_found_from_within(run, monkeypatch):
+    for place in (run, run / "step-00000004"):
+        monkeypatch.chdir(place)
+        assert cli.run_tokenizer(Path(".")).read_bytes() == (run / "tokenizer.json").read_bytes()
+
+
 def test_generate_refuses(run, tmp_path, capsys):
     assert "holds no tokenizer.json" in refusal(capsys, "generate", tmp_path / "absent")
     assert "tokens=0: must be at least 1" in refusal(capsys, "generate", run, "--tokens", 0)
@@ -834,6 +853,7 @@ def test_generate_refuses_a_model_of_another_library(run, tmp_path, capsys):
 
 def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):
     there, back = tmp_path / "there", tmp_path / "back"
+    there.mkdir()       # empty
     cli.main(f"convert --from {run} --to {there} --format huggingface".split())
     cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
     tokenizers = {(folder / "tokenizer.json").read_bytes() for folder in (run, there, back)}
@@ -1091,6 +1111,9 @@ def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):
     there, back = tmp_path / "there", tmp_path / "back"
     cli.main(f"convert --from {bert_run} --to {there}".split())
     vocab = load_wordpiece(there).core.get_vocab()
+    (there / "vocab.txt").write_text("the\ncat\n")      # not looked at
+    cli.main(f"convert --from {there} --to {tmp_path / 'first'} --format megatron_edu".split())
+    assert load_wordpiece(tmp_path / "first").core.get_vocab() == vocab
     (there / "tokenizer.json").unlink()
     lines = "".join(f"{token}\n" for token in sorted(vocab, key=vocab.get))
     (there / "vocab.txt").write_text(lines)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from bert_data_cases import numbered_file, numbered_wordpiece, random_file
+from tokenizers import models
 
 from megatron_edu.data import bert
 from megatron_edu.data.bert import BertSamples, draws, fit, stretch
@@ -26,7 +27,7 @@ from megatron_edu.data.sampler import IGNORED
 from megatron_edu.data.sentences import sentences_to_file
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
-from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
+from megatron_edu.data.wordpiece import SPECIAL, WordPiece, load_wordpiece, train_wordpiece, uncased
 
 SIGMAS = 5
 
@@ -326,6 +327,21 @@ def test_special_tokens_of_the_text_are_never_hidden(tmp_path):
     assert (row["labels"] == IGNORED).all() and row["attention_mask"].sum() > 5
 
 
+def test_special_tokens_may_have_any_ids(tmp_path):
+    "In BERT's own vocabulary they are 0 and 100 to 103."
+    words = [f"w{i}" for i in range(55)]
+    ids = {token: i for i, token in enumerate([*words[:9], *SPECIAL, *words[9:]])}
+    wordpiece = WordPiece(uncased(models.WordPiece(ids, unk_token="[UNK]")))
+    samples = BertSamples(numbered_file(tmp_path / "x", [[3, 3]] * 7 + [[2, 2]], 14), wordpiece, 16, 500)
+    batch = samples.batch(range(500))
+    shown, real = batch["input_ids"], batch["attention_mask"] == 1
+    assert (shown[~real] == ids["[PAD]"]).all() and (shown[:, 0] == ids["[CLS]"]).all()
+    assert ((shown == ids["[SEP]"]).sum(dim=1) == 2).all()
+    assert set(batch["labels"][shown == ids["[MASK]"]].tolist()) == {*range(14, 60)}
+    others = shown[(batch["labels"] != IGNORED) & (shown != ids["[MASK]"])].tolist()
+    assert min(others) < 5 and not set(others) & set(wordpiece.special_ids)
+
+
 def test_rows_of_a_batch_are_checked_and_in_range(tmp_path):
     samples = BertSamples(random_file(tmp_path / "x", 1), numbered_wordpiece(6000), 32, 20)
     assert len(samples) == 20
@@ -605,8 +621,10 @@ def test_any_order_and_any_subset_give_the_same(tmp_path):
     loader = torch.utils.data.DataLoader(samples, batch_size=50, num_workers=2)
     for name, rows in batch.items():
         assert torch.equal(torch.cat([each[name] for each in loader]), rows)
-    other = BertSamples(file, wordpiece, 32, 300, seed=10).batch(range(300))
-    assert not torch.equal(other["input_ids"], batch["input_ids"])
+    other = BertSamples(file, wordpiece, 32, 300, seed=10)
+    assert not np.array_equal(places_of(other), places_of(samples))
+    other.places = samples.places       # what they hold differs, too
+    assert not torch.equal(other.batch(range(300))["input_ids"], batch["input_ids"])
 
 
 def test_another_process_gives_the_same(tmp_path):
@@ -663,8 +681,9 @@ def test_files_without_pairs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"documents range\(0, 3\) of 2"):
         BertSamples(pairs, wordpiece, 16, documents=range(0, 3))
     empty = numbered_file(tmp_path / "z", [[4, 3], [5, 0, 5]])
-    with pytest.raises(ValueError, match="sentence 3 has no token.*sentences_to_file"):
-        BertSamples(empty, wordpiece, 16)
+    for documents in (None, range(1, 2)):
+        with pytest.raises(ValueError, match="sentence 3 has no token.*sentences_to_file"):
+            BertSamples(empty, wordpiece, 16, documents=documents)
     assert len(BertSamples(empty, wordpiece, 16, documents=range(0, 1))) == 1
 
 

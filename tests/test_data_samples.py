@@ -183,12 +183,14 @@ def test_the_arrays_of_a_large_corpus_are_built_in_a_moment(tmp_path):
 def test_of_a_long_run_one_epoch_is_held(tmp_path):
     "The arrays of these thousand epochs would take 72 MB."
     file = numbered_file(tmp_path / "x", [50] * 1000)
+    GPT2Samples(file, 16).batch([0])        # what is loaded at the first use is no part of it
     tracemalloc.start()
     samples = GPT2Samples(file, 16, num_samples=3_000_000)
     samples.batch(range(512))
     samples.batch(range(100_000, 100_512))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    assert samples.epochs[32] is samples.epochs[32]     # not drawn anew
     of_an_epoch = sum(array.nbytes for array in samples.epochs[32])
     assert peak < 5 * of_an_epoch < 1e6
 
@@ -210,11 +212,12 @@ def test_samples_are_the_same_in_any_order(tmp_path, seq_len):
     ("options", "message"),
     [
         ({"seq_len": 20}, "3 documents hold 20 tokens; a sample of seq_len 20 takes 21.*1 to 19"),
-        ({"seq_len": 0}, "a sample of seq_len 0"),
+        ({"seq_len": 0}, "a sample of seq_len 0 takes 2; use .* from 1 to 19"),
         ({"seq_len": 4, "num_samples": 0}, "num_samples 0; it must be 1 or more"),
         ({"seq_len": 4, "documents": range(2, 4)}, r"documents range\(2, 4\) of 3"),
         ({"seq_len": 4, "documents": range(0, 3, 2)}, "step 1"),
-        ({"seq_len": 4, "documents": range(1, 1)}, "0 documents hold 0 tokens"),
+        ({"seq_len": 4, "documents": range(1, 1)}, "0 documents hold 0 tokens.* from 1 to 1,"),
+        ({"seq_len": 4, "documents": range(-1, 2)}, r"documents range\(-1, 2\) of 3"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, options, message):
@@ -239,6 +242,7 @@ def test_a_split_has_every_document_once(count, fractions):
     for part, fraction in zip(parts, fractions):
         assert abs(len(part) - fraction * count) <= 1
         assert (len(part) > 0) == (fraction > 0)
+    assert split_documents(10, (0.28, 0.72)) == [range(0, 3), range(3, 10)]     # the nearest number
 
 
 def test_a_split_that_cannot_be_made():

@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from bert_data_cases import numbered_wordpiece
 from text_cases import any_unicode, word_soup
 
 import megatron_edu.data.sentences as sentences_module
@@ -151,6 +152,12 @@ def test_the_file_holds_one_sequence_a_sentence(wordpiece, tmp_path):
     assert [sequence.tolist() for sequence in file] == expected
     assert not np.isin(file.read(0, file.num_tokens), wordpiece.special_ids).any()
     assert file.dtype == np.uint16
+
+
+def test_ids_of_a_large_vocabulary_are_kept(tmp_path):
+    "Above 65,535, where two bytes end."
+    file = sentences_to_file(["w6 w69999. "], numbered_wordpiece(70_000), tmp_path / "x")
+    assert file[0].tolist()[:2] == [6, 69_999]
 
 
 def test_what_has_no_token_is_left_out(wordpiece, tmp_path):

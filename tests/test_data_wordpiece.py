@@ -154,6 +154,21 @@ def test_every_form_is_loaded(wordpiece, tmp_path):
             assert np.array_equal(loaded.continues, wordpiece.continues)
 
 
+def test_of_a_folder_with_both_the_tokenizer_is_read(wordpiece, tmp_path):
+    wordpiece.save(tmp_path / "tokenizer.json")
+    (tmp_path / "vocab.txt").write_text("\n".join([*SPECIAL, "x"]))
+    assert load_wordpiece(tmp_path).vocab_size == wordpiece.vocab_size > 6
+    (tmp_path / "bert-uncased-vocab.txt").write_text("\n".join([*SPECIAL, "x", "y"]))
+    (tmp_path / "tokenizer.json").unlink()
+    assert load_wordpiece(tmp_path).vocab_size == 6
+
+
+def test_pieces_spelled_in_a_text_are_not_read_as_pieces(wordpiece):
+    "Only the five special tokens are."
+    vocab = wordpiece.core.get_vocab()
+    assert "##e" in vocab and vocab["##e"] not in wordpiece.encode("##e a##e")
+
+
 def test_the_ids_of_a_vocabulary_are_its_lines(tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[unused0]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nx\n##y\n")
     loaded = load_wordpiece(tmp_path)
@@ -174,9 +189,10 @@ def test_bad_sources_are_refused(wordpiece, documents, tmp_path):
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\nword\n")
     with pytest.raises(ValueError, match=r"4 without \[SEP\] \[MASK\].*train_wordpiece"):
         load_wordpiece(tmp_path / "vocab.txt")
-    (tmp_path / "vocab.txt").write_text(vocab_text(wordpiece) + "Berlin\n")
-    with pytest.raises(ValueError, match=r"holds 'Berlin'.*uncased.*tokenizer\.json"):
-        load_wordpiece(tmp_path / "vocab.txt")
+    for capital in ("Berlin", "##Ing"):
+        (tmp_path / "vocab.txt").write_text(vocab_text(wordpiece) + f"{capital}\n")
+        with pytest.raises(ValueError, match=rf"holds '{capital}'.*uncased.*tokenizer\.json"):
+            load_wordpiece(tmp_path / "vocab.txt")
 
 
 def test_a_tokenizer_of_another_kind_is_refused(documents, tmp_path):
@@ -187,6 +203,9 @@ def test_a_tokenizer_of_another_kind_is_refused(documents, tmp_path):
     gpt2.core.add_special_tokens(list(SPECIAL))
     with pytest.raises(ValueError, match=r"a BPE tokenizer.*is a WordPiece with '##'"):
         WordPiece(gpt2.core)
+    pairs = models.BPE(gpt2.core.get_vocab(), [], continuing_subword_prefix="##")
+    with pytest.raises(ValueError, match="a BPE tokenizer with '##'"):
+        WordPiece(tokenizers.Tokenizer(pairs))
     vocab = {token: i for i, token in enumerate([*SPECIAL, "a", "@@b"])}
     other = models.WordPiece(vocab, unk_token="[UNK]", continuing_subword_prefix="@@")
     with pytest.raises(ValueError, match=r"WordPiece tokenizer with '@@'"):

@@ -1,5 +1,6 @@
 "The loop: what a run writes, and what it survives."
 
+import io
 import json
 import math
 import os
@@ -29,7 +30,7 @@ from megatron_edu.training.checkpoint import (
     load_model,
     load_state,
 )
-from megatron_edu.training.journal import read_metrics, validation_losses
+from megatron_edu.training.journal import Journal, plot_metrics, read_metrics, validation_losses
 from megatron_edu.training.loop import stop_requested, train
 from megatron_edu.training.optimizer import OptimizerConfig
 from megatron_edu.training.run import Data, RunConfig, TrainConfig
@@ -113,6 +114,67 @@ def test_the_first_loss_is_the_references_and_training_lowers_it(tmp_path, token
     (_, before), (_, after) = validation_losses(read_metrics(tmp_path))
     assert after < before - 1
     assert not (torch.tensor(losses(tmp_path)) == losses(tmp_path)[0]).all()
+
+
+def test_a_line_says_how_fast_and_how_long(tmp_path, monkeypatch, capsys):
+    "Of a run that went on at step 60, two seconds a step: ten steps later 30 are left."
+    now = [1000.0]
+    monkeypatch.setattr(journal.time, "perf_counter", lambda: now[0])
+    told = Journal(plan(tmp_path, steps=100, log_every=5), 60, active=True)
+    numbers = {"loss": 4.0, "lr": 1e-3, "grad_norm": 0.5}
+    now[0] += 20
+    told.write(70, 0.5, **numbers)
+    told.write(71, 0.5, **numbers)      # no fifth step
+    line = "step 70/100  loss 4.0000  lr 1.00e-03  norm 0.500  128 tokens/s  500 ms  ETA 01:00\n"
+    assert capsys.readouterr().out == line
+    assert read_metrics(tmp_path) == [
+        {"step": step, **numbers, "ms": 500.0, "tokens_per_s": 128} for step in (70, 71)
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_a_bar_goes_on_where_the_run_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr", Terminal())
+    told = Journal(plan(tmp_path, steps=100), 60, active=True)
+    assert (told.bar.n, told.bar.total) == (60, 100)
+    told.write(61, 0.5, loss=4.0, lr=1e-3, grad_norm=0.5)
+    assert told.bar.n == 61 and capsys.readouterr().out == ""
+    told.say("saved")
+    told.close()
+    assert told.bar.disable and capsys.readouterr().out == "saved\n"
+    other = Journal(plan(tmp_path, steps=100), 60, active=False)
+    assert other.bar is None
+
+
+def test_the_picture_shows_the_losses_of_the_metrics(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, path, dpi: drawn.append(figure)
+    )
+    names = ("mlm_loss", "sop_loss", "mlm_accuracy", "sop_accuracy")
+    lines = [
+        {"step": 1, "mlm_loss": 5.0, "sop_loss": 0.75, "val_loss": 1.0},
+        {"step": 2, "mlm_loss": 4.0, "sop_loss": 0.5, "val_loss": 1.0},
+    ]
+    for k, name in enumerate(names, start=1):
+        lines[0][f"val_{name}_before"], lines[1][f"val_{name}"] = k / 8, k / 16
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plot_metrics(tmp_path) == tmp_path / "loss.png"
+    mlm, sop, shares = drawn[0].axes
+    found = [
+        (line.get_label(), line.get_xdata().tolist(), line.get_ydata().tolist())
+        for ax in (mlm, sop, shares) for line in ax.lines
+    ]
+    assert found == [
+        ("training", [1, 2], [5.0, 4.0]), ("validation", [0, 2], [1 / 8, 1 / 16]),
+        ("training", [1, 2], [0.75, 0.5]), ("validation", [0, 2], [2 / 8, 2 / 16]),
+        ("masked words", [0, 2], [3 / 8, 3 / 16]), ("sentence order", [0, 2], [4 / 8, 4 / 16]),
+    ]
+    assert "masked words" in mlm.get_ylabel() and "sentence order" in sop.get_ylabel()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(tmp_path, tokens, capsys):

@@ -362,6 +362,23 @@ def test_no_counted_token(num_tokens):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("divisor", [0.5, 0.1, 7, torch.tensor(3), torch.tensor(0.25)])
+def test_sums_are_divided_by_any_number(divisor):
+    "Fractions, too: one counted token is half a token for each of two replicas."
+    model, data = shaken(SMALL), batch(SMALL)
+    sums = model.losses(**data, num_tokens=1, num_samples=1)
+    means = model.losses(**data, num_tokens=divisor, num_samples=divisor)
+    for name, mean in means.items():
+        torch.testing.assert_close(mean * divisor, sums[name], rtol=1e-14, atol=0)
+
+
+def test_weights_are_summed_in_the_type_of_the_loss():
+    model, data = shaken(SMALL), batch(SMALL, rows=9)
+    weights = torch.rand(data["labels"].shape, generator=torch.Generator().manual_seed(1))
+    found, want = (model.losses(**data, loss_mask=each) for each in (weights, weights.double()))
+    torch.testing.assert_close(found["mlm"], want["mlm"], rtol=1e-12, atol=0)
+
+
 def test_without_an_order_there_is_one_loss():
     model = shaken(SMALL)
     data = batch(SMALL)
@@ -554,14 +571,18 @@ def test_other_shapes(name):
     rule = rf"{name} has shape \(1, 11\), input_ids \(3, 11\); give one number for each token"
     with pytest.raises(ValueError, match=rule):
         Bert(SMALL).loss(**data)
+    data[name] = batch(SMALL)[name].T       # as many numbers
+    with pytest.raises(ValueError, match=rf"{name} has shape \(11, 3\), input_ids \(3, 11\)"):
+        Bert(SMALL).loss(**data)
 
 
 def test_an_order_for_other_rows():
     data = batch(SMALL)
-    data["sentence_order"] = data["sentence_order"][:2]
-    rule = r"sentence_order has shape \(2,\), the batch 3 rows; give one number a row"
-    with pytest.raises(ValueError, match=rule):
-        Bert(SMALL).loss(**data)
+    order = data["sentence_order"]
+    for other, shape in ((order[:2], "2,"), (order[:, None], "3, 1")):
+        rule = rf"sentence_order has shape \({shape}\), the batch 3 rows; give one number a row"
+        with pytest.raises(ValueError, match=rule):
+            Bert(SMALL).loss(**(data | {"sentence_order": other}))
 
 
 def test_a_sequence_that_is_too_long():
