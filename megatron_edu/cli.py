@@ -138,7 +138,7 @@ class ConvertArguments:
     to: Path                                                # folder to write; new or empty
     format: Literal["huggingface", "megatron_edu"] = "huggingface"  # what to write
 
-
+# %% ../nbs/7_using/03_cli.ipynb #09dc0127
 OLDER = {"gpt2": "vocab.json", "bert": "vocab.txt"}     # a vocabulary without a tokenizer.json
 
 

@@ -26,6 +26,13 @@ class _LossesOf(nn.Module):
     def forward(self, *args, **kwargs):
         return self.model.losses(*args, **kwargs)
 
+
+def _averaging(model: nn.Module, group: dist.ProcessGroup) -> DistributedDataParallel:
+    "The model, in DDP: gradients become averages over the group in the backward pass."
+    return DistributedDataParallel(
+        _LossesOf(model), process_group=group, gradient_as_bucket_view=True
+    )
+
 # %% ../../nbs/6_training/03_data_parallel.ipynb #6c584785
 class DataParallel:
     """A model whose gradients are averaged over replicas in the backward pass, by PyTorch's DDP.
@@ -44,13 +51,7 @@ class DataParallel:
         group: dist.ProcessGroup | None,        # the data-parallel group
     ):
         self.module = module
-        self._ddp = None
-        if group_size(group) > 1:
-            self._ddp = DistributedDataParallel(
-                _LossesOf(module),
-                process_group=group,
-                gradient_as_bucket_view=True,
-            )
+        self._ddp = _averaging(module, group) if group_size(group) > 1 else None
 
     def losses(self, *batch, **options) -> dict[str, torch.Tensor]:
         "The module's losses. The backward pass of their sum averages the replicas' gradients."

@@ -41,6 +41,12 @@ def _keep_lines(run: Path, step: int) -> None:
         aside.write_text("".join(kept))
 
 
+def _append(run: Path, line: dict) -> None:
+    "Write a step's line."
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps(line) + "\n")
+
+# %% ../../nbs/6_training/08_journal.ipynb #a53e57d9
 def _losses(numbers: dict, start: str = "", digits: int = 4) -> str:
     "The loss, and for a BERT its addends."
     text = f"loss {numbers[f'{start}loss']:.{digits}f}"
@@ -48,6 +54,12 @@ def _losses(numbers: dict, start: str = "", digits: int = 4) -> str:
         addends = (f"{name} {numbers[f'{start}{name}_loss']:.{digits}f}" for name in ("mlm", "sop"))
         text += f" ({', '.join(addends)})"
     return text
+
+
+def _beside_bar(line: dict) -> str:
+    "A step, short, for the right of the bar."
+    text = "{losses} lr {lr:.1e} norm {grad_norm:.2f} {tokens_per_s:,} tokens/s"
+    return text.format(**line, losses=_losses(line, digits=3))
 
 
 def _progress(line: dict, steps: int, seconds_a_step: float) -> str:
@@ -72,9 +84,8 @@ class Journal:
     "Metrics as JSON lines, a bar on a terminal, plain lines elsewhere. Silent but on one rank."
 
     def __init__(self, config: TrainConfig, first: int, active: bool):
-        self.run, self.active, self.first, self.bar = config.run, active, first, None
-        self.tokens = config.run.batch_size * config.model.max_seq_len
-        self.begun = time.perf_counter()
+        self.run, self.tokens = config.run, config.run.batch_size * config.model.max_seq_len
+        self.active, self.first, self.begun, self.bar = active, first, time.perf_counter(), None
         if active:
             _keep_lines(self.run.out, first)
         if active and sys.stderr.isatty():
@@ -84,14 +95,12 @@ class Journal:
         "One step's numbers."
         if not self.active:
             return
-        line = {"step": step, **numbers, "ms": round(1000 * seconds, 1)}
-        line["tokens_per_s"] = round(self.tokens / seconds)
-        with (self.run.out / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(line) + "\n")
+        speed = {"ms": round(1000 * seconds, 1), "tokens_per_s": round(self.tokens / seconds)}
+        line = {"step": step, **numbers, **speed}
+        _append(self.run.out, line)
         if self.bar is not None:
             self.bar.update()
-            text = "{losses} lr {lr:.1e} norm {grad_norm:.2f} {tokens_per_s:,} tokens/s"
-            self.bar.set_postfix_str(text.format(**line, losses=_losses(line, digits=3)))
+            self.bar.set_postfix_str(_beside_bar(line))
         elif step % self.run.log_every == 0 or step in (self.first + 1, self.run.steps):
             pace = (time.perf_counter() - self.begun) / (step - self.first)
             self.say(_progress(line, self.run.steps, pace))
