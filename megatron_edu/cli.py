@@ -245,3 +245,7 @@ def main(args: list[str] | None = None) -> None:
         status, message = 130, "stopped"
     print(f"megatron-edu {args[0]}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+if __name__ == "__main__" and __package__:      # python -m; a notebook belongs to no package
+    main()

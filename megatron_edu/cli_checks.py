@@ -68,8 +68,7 @@ def check_plan(config: TrainConfig) -> None:
     model, run, tp, dp = config.model, config.run, config.parallel.tp, config.parallel.dp
     if model.num_heads % tp or model.ffn_size % tp:     # the vocabulary is known with the tokens
         check_split(model, tp, trained=False)
-    micro_batch = run.micro_batch or max(1, run.batch_size // dp)
-    check_sizes(run.batch_size, run.batch_size, micro_batch, 0, dp)
+    check_sizes(run.batch_size, run.batch_size, run.micro_batch or 1, 0, dp)    # None: its share
 
 # %% ../nbs/7_using/02_refusals.ipynb #c4f51191
 def kind_of(model: ModelConfig) -> str:

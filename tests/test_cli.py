@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -334,6 +336,13 @@ def test_a_run_that_exists_is_not_overwritten(corpus, run, capsys):
 
 
 # ------------------------------------------------------------------- train: refused before ranks
+
+
+def test_the_module_runs_as_a_program():
+    "As `torchrun -m megatron_edu.cli` starts it; it did nothing, and ended well."
+    command = [sys.executable, "-m", "megatron_edu.cli", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: megatron-edu VERB")
 
 
 @pytest.fixture
@@ -1024,6 +1033,7 @@ def test_a_bare_token_file_needs_a_tokenizer(sentences, tmp_path, capsys):
     [
         (["--tp", 3], "tp=3: it must divide num_heads=4, .* use --tp 1 or 2 or 4$"),
         (["--dp", 3], "--batch-size 4 does not divide .* on 3 data-parallel ranks"),
+        (["--dp", 3, "--batch-size", 16], "must be a multiple of 3; use 15 or 18$"),
         (["--micro-batch", 3], "train: --batch-size 4 does not divide into .* of 3 .* use 3 or 6$"),
         (["--tp", 2, "--vocab-multiple", 61], "size=61 .* --tp 1, or give --vocab-multiple a m"),
         (["--max-seq-len", 4], "train: --max-seq-len 4; 3 special tokens"),

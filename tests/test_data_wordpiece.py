@@ -137,6 +137,18 @@ def vocab_text(wordpiece: WordPiece) -> str:
     return "".join(token + "\n" for token in sorted(vocab, key=vocab.get))
 
 
+def test_the_saved_file_tells_other_programs_how_a_row_is_framed(wordpiece, tmp_path):
+    wordpiece.save(tmp_path / "tokenizer.json")
+    read = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    (a,), (b, c) = wordpiece.encode("the"), wordpiece.encode("value of")
+    cls, sep = wordpiece.cls_id, wordpiece.sep_id
+    assert read.encode("the").ids == [cls, a, sep]
+    both = read.encode("the", "value of")
+    assert both.ids == [cls, a, sep, b, c, sep]
+    assert both.type_ids == [0, 0, 0, 1, 1, 1]
+    assert load_wordpiece(tmp_path).encode("the") == [a]
+
+
 def test_every_form_is_loaded(wordpiece, tmp_path):
     text = word_soup(1) + " certainly [MASK] \u0416"
     forms = {}

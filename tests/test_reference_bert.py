@@ -576,6 +576,17 @@ def test_other_shapes(name):
         Bert(SMALL).loss(**data)
 
 
+@pytest.mark.parametrize("name", ["labels", "loss_mask"])
+def test_labels_and_weights_of_other_shapes(name):
+    "Turned around there are as many of them, and each would stand for another token."
+    data = batch(SMALL)
+    data["loss_mask"] = torch.ones_like(data["labels"])
+    data[name] = data[name].T
+    rule = r"shapes \[.*\(11, 3\).*\]; give one label and one weight for each token"
+    with pytest.raises(ValueError, match=rule):
+        Bert(SMALL).loss(**data)
+
+
 def test_an_order_for_other_rows():
     data = batch(SMALL)
     order = data["sentence_order"]

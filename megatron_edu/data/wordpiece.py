@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from .tokenizer import Codec, checked, readable
 
@@ -58,6 +58,8 @@ class WordPiece(Codec):
         super().__init__(core)
         self.special_ids: tuple[int, ...] = tuple(vocab[token] for token in SPECIAL)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids
+        frame = ("[SEP]", self.sep_id), ("[CLS]", self.cls_id)
+        core.post_processor = processors.BertProcessing(*frame)     # for other readers of the file
         self.continues = np.zeros(self.vocab_size, bool)    # (v,): this piece goes on with a word
         self.continues[[i for token, i in vocab.items() if token.startswith(CONTINUES)]] = True
 

@@ -15,7 +15,8 @@ from ..comm import group_size
 from ..config import BertConfig
 from .block import Block
 from .gpt2 import Trunk, run_blocks
-from ..reference.bert import check_rows, initial_weights, mean_of, order_loss, visible
+from ..reference.bert import check_labels, check_rows, initial_weights
+from ..reference.bert import mean_of, order_loss, visible
 from ..reference.gpt2 import gelu, token_weights
 from ..tensor_parallel.fused_loss import linear_cross_entropy
 from ..tensor_parallel.shard import Shard, shard_state_dict
@@ -125,20 +126,6 @@ class _Heads(_Layers):
         return self.logits(self.mlm(x), self.mlm.bias), self.order_logits(x)
 
 # %% ../../nbs/4_models/05_bert.ipynb #29256ca1
-def _check_labels(
-    input_ids: torch.Tensor,                    # (b, s)
-    labels: torch.Tensor,                       # (b, s)
-    loss_mask: torch.Tensor | None,             # (b, s)
-) -> None:
-    "Raise `ValueError` unless each token has a label, and a weight where weights are given."
-    shapes = [tuple(t.shape) for t in (input_ids, labels, loss_mask) if t is not None]
-    if len(set(shapes)) > 1:
-        raise ValueError(
-            f"input_ids, labels and loss_mask have the shapes {shapes}; "
-            f"give one label and one weight for each token"
-        )
-
-# %% ../../nbs/4_models/05_bert.ipynb #55397069
 class Bert(_Heads):
     """BERT split over a tensor-parallel group; names and full weights are the reference's.
 
@@ -159,7 +146,7 @@ class Bert(_Heads):
         num_samples: torch.Tensor | float | None = None,    # divides sop; None: b
     ) -> dict[str, torch.Tensor]:       # scalars "mlm" and, with an order, "sop"; on every rank
         "Mean cross-entropies, in nats: over the counted tokens, and over the rows."
-        _check_labels(input_ids, labels, loss_mask)
+        check_labels(input_ids, labels, loss_mask)
         weights = token_weights(labels, loss_mask)                          # (b, s)
         x = self.hidden_states(input_ids, token_types, attention_mask)      # (b, s, h)
         counted = weights != 0                                              # (b, s)
