@@ -332,7 +332,8 @@ def test_special_tokens_may_have_any_ids(tmp_path):
     words = [f"w{i}" for i in range(55)]
     ids = {token: i for i, token in enumerate([*words[:9], *SPECIAL, *words[9:]])}
     wordpiece = WordPiece(uncased(models.WordPiece(ids, unk_token="[UNK]")))
-    samples = BertSamples(numbered_file(tmp_path / "x", [[3, 3]] * 7 + [[2, 2]], 14), wordpiece, 16, 500)
+    file = numbered_file(tmp_path / "x", [[3, 3]] * 7 + [[2, 2]], 14)
+    samples = BertSamples(file, wordpiece, 16, 500)
     batch = samples.batch(range(500))
     shown, real = batch["input_ids"], batch["attention_mask"] == 1
     assert (shown[~real] == ids["[PAD]"]).all() and (shown[:, 0] == ids["[CLS]"]).all()
