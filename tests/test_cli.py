@@ -17,7 +17,7 @@ import transformers
 import tyro
 from gpt2_cases import config
 
-from megatron_edu import cli, cli_train
+from megatron_edu import cli, cli_checks, cli_train
 from megatron_edu.config import PRESETS
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
@@ -386,7 +386,7 @@ def test_options_that_cannot_be(corpus, tmp_path, capsys, options, words):
 def test_only_whole_words_become_options():
     "Not the parts of a path, nor of another name."
     said = "global_batch 4, seq_len 9: /a/seq_len/b, seq_len.txt, max_seq_len, seq_lens"
-    with pytest.raises(ValueError) as error, cli_train.command_words():
+    with pytest.raises(ValueError) as error, cli_checks.command_words():
         raise ValueError(said)
     words = said.replace("global_batch", "--batch-size").replace("seq_len 9", "--max-seq-len 9")
     assert str(error.value) == words
