@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from megatron_edu import models
 from megatron_edu.config import GPT2Config
 from megatron_edu.reference import gpt2
 from megatron_edu.reference.gpt2 import GPT2, answer, initial_weights, summed_loss, token_weights
@@ -466,6 +467,17 @@ def test_labels_out_of_range(bad):
 def test_a_sequence_that_is_too_long():
     with pytest.raises(ValueError, match="12 tokens is longer than max_seq_len=11; cut it, or"):
         GPT2(SMALL)(torch.zeros(1, 12, dtype=torch.long))
+
+
+@pytest.mark.parametrize("wrong", [1, 2], ids=["labels", "weights"])
+@pytest.mark.parametrize("kind", [GPT2, models.GPT2], ids=["reference", "sharded"])
+def test_labels_and_weights_of_other_shapes(kind, wrong):
+    "Turned around there are as many of them, and each would stand for another token."
+    data = list(batch(SMALL))
+    data[wrong] = data[wrong].T
+    rule = r"shapes \[.*\(11, 3\).*\]; give one label and one weight for each token"
+    with pytest.raises(ValueError, match=rule):
+        kind(SMALL).loss(*data)
 
 
 # ------------------------------------------------------------------------ independence

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..comm import group_size
 from ..config import GPT2Config, ModelConfig, round_up
 from .block import Block
-from ..reference.gpt2 import initial_weights, token_weights
+from ..reference.gpt2 import check_labels, initial_weights, token_weights
 from ..tensor_parallel.embedding import VocabParallelEmbedding
 from ..tensor_parallel.fused_loss import linear_cross_entropy
 from ..tensor_parallel.linear import column_linear
@@ -143,6 +143,7 @@ class GPT2(_Layers):
         num_tokens: torch.Tensor | float | None = None,     # divisor; None: sum of the weights
     ) -> dict[str, torch.Tensor]:                   # "lm": scalar, equal on every rank
         "Mean cross-entropy over the counted tokens, in nats, without ever holding all logits."
+        check_labels(input_ids, labels, loss_mask)
         weights = token_weights(labels, loss_mask)
         total = linear_cross_entropy(
             self.hidden_states(input_ids), self.wte.weight, labels, weights,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Attention', 'gelu', 'MLP', 'Block', 'Draws', 'table_weights', 'block_weights', 'initial_weights', 'check_ids',
-           'check_input', 'token_weights', 'summed_loss', 'GPT2', 'Answer', 'answer']
+           'check_input', 'check_labels', 'token_weights', 'summed_loss', 'GPT2', 'Answer', 'answer']
 
 # %% ../../nbs/2_reference/02_gpt2.ipynb #057c881e
 import math
@@ -169,6 +169,20 @@ def check_input(input_ids: torch.Tensor, config: ModelConfig) -> None:
             f"{config.max_seq_len}; cut it, or build the model with a larger max_seq_len"
         )
 
+# %% ../../nbs/2_reference/02_gpt2.ipynb #4fd68be8
+def check_labels(
+    input_ids: torch.Tensor,                    # (b, s)
+    labels: torch.Tensor,                       # (b, s)
+    loss_mask: torch.Tensor | None,             # (b, s)
+) -> None:
+    "Raise `ValueError` unless each token has a label, and a weight where weights are given."
+    shapes = [tuple(t.shape) for t in (input_ids, labels, loss_mask) if t is not None]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"input_ids, labels and loss_mask have the shapes {shapes}; "
+            "give one label and one weight for each token"
+        )
+
 # %% ../../nbs/2_reference/02_gpt2.ipynb #823c404e
 def token_weights(
     labels: torch.Tensor,                   # (b, s); -100: not counted
@@ -231,6 +245,7 @@ class GPT2(nn.Module):
         num_tokens: torch.Tensor | float | None = None,     # divide by this, not the weights' sum
     ) -> torch.Tensor:                              # scalar
         "Mean cross-entropy over the counted tokens, in nats."
+        check_labels(input_ids, labels, loss_mask)
         weights = token_weights(labels, loss_mask)
         total = summed_loss(self(input_ids), labels, weights, self.config.vocab_size)
         return total / (weights.sum(dtype=total.dtype) if num_tokens is None else num_tokens)
