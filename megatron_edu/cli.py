@@ -10,6 +10,7 @@ __all__ = ['OLDER', 'WANTED', 'DEMOS', 'VERBS', 'PrepareArguments', 'prepare_com
 # %% ../nbs/7_using/03_cli.ipynb #48b11a34
 import shutil
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -180,7 +181,11 @@ def convert_command(args: list[str]) -> None:
     if to.is_dir() and any(to.iterdir()):
         raise ValueError(f"{to} is not empty, and is not overwritten; name a new folder")
     folder, theirs = check_source(source, asked.format), asked.format == "huggingface"
-    model = load_model(folder) if theirs else load_huggingface(folder)
+    with warnings.catch_warnings(record=True) as notes:     # as lines, not as places in the code
+        warnings.simplefilter("always", UserWarning)
+        model = load_model(folder) if theirs else load_huggingface(folder)
+    for note in notes:
+        print(f"megatron-edu convert: {note.message}", file=sys.stderr)
     path, kind, older = run_tokenizer(source), kind_of(model.config), None
     if path is None and (source / OLDER[kind]).is_file():
         older = read_tokenizer(source, kind)

@@ -1117,6 +1117,17 @@ def test_convert_takes_a_checkpoint_of_weights_alone(run, tmp_path, capsys):
     assert "config.json cannot be read as a checkpoint's file" in text
 
 
+def test_convert_says_in_a_line_which_heads_are_new(bert_run, tmp_path, capsys):
+    there, encoder, back = (tmp_path / name for name in ("there", "encoder", "back"))
+    cli.main(f"convert --from {bert_run} --to {there}".split())
+    transformers.AutoModel.from_pretrained(there).save_pretrained(encoder)
+    capsys.readouterr()
+    cli.main(f"convert --from {encoder} --to {back} --format megatron_edu".split())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"megatron-edu convert: {encoder} has no sentence-order head, no ")
+    assert line.endswith("which start from initial weights: train them before use")
+
+
 def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):
     there, back = tmp_path / "there", tmp_path / "back"
     cli.main(f"convert --from {bert_run} --to {there}".split())
