@@ -99,6 +99,13 @@ class Epochs(EpochCounts):
             self._index = self._build(epoch)
         return self._index
 
+    def start(self, i: int) -> tuple[np.ndarray, int, int]:
+        "Where sample i begins: the document order, the place in it, the token in that document."
+        epoch = self.epoch_of(i)
+        order, starts, shuffle = self[epoch]
+        place, offset = starts[shuffle[i - self.complete(epoch)]].tolist()
+        return order, place, offset
+
     def _build(self, epoch: int) -> SampleIndex:
         "The three arrays of the epoch that was drawn last."
         order = np.concatenate([self._drawn.before, self._drawn.order])
@@ -202,11 +209,8 @@ class GPT2Samples(torch.utils.data.Dataset):
         "The tokens of sample i, gathered from as many documents as they touch."
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        epoch = self.epochs.epoch_of(i)
-        order, starts, shuffle = self.epochs[epoch]
-        place, offset = starts[shuffle[i - self.epochs.complete(epoch)]].tolist()
-        length = self.seq_len + 1
-        return gather_tokens(self.token_file, self.starts, order, place, offset, length)
+        start = self.epochs.start(i)
+        return gather_tokens(self.token_file, self.starts, *start, length=self.seq_len + 1)
 
 # %% ../../nbs/5_data/04_samples.ipynb #549e31b0
 def split_documents(
