@@ -18,6 +18,7 @@ import torch
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..data.corpus import embedded_corpus
 from .layer_norm import PEAK, block_norms, byte_ids, make_bert, training
@@ -170,6 +171,7 @@ def draw_runs(
     for column, case in zip(axes.T, cases):
         column[0].set(title=case, xlabel="step")
         column[1].set(xlabel="layer", yscale="log")
+        column[1].xaxis.set_major_locator(MaxNLocator(integer=True))
         for order, color in COLORS.items():
             same = [run for run in runs if (run.case, run.order) == (case, order)]
             if same:
