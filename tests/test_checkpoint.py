@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from megatron_edu import reference
 from megatron_edu.config import GPT2Config
@@ -189,6 +191,37 @@ def test_every_rank_is_told_why(ranks, device, tmp_path, tp, dp):
     assert list(tmp_path.iterdir()) == []
 
 
+def told(text, device):
+    "What this rank is told by the first, which alone knows it."
+    return checkpoint._from_writer(text if dist.get_rank() == 0 else "", device)
+
+
+@pytest.mark.world(2)
+def test_a_long_reason_is_cut_between_two_letters(ranks, device):
+    assert ranks(2)(told, "x" + "é" * 700, device) == ["x" + "é" * 499] * 2
+
+
+def test_the_disk_has_every_file_before_the_folder_has_its_name(tmp_path, monkeypatch):
+    folder, synced = tmp_path / "new", []
+
+    def fsync(number):
+        assert not folder.exists()
+        synced.append(os.fstat(number).st_ino)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    write_folder(folder, {"a.safetensors": {"x": torch.ones(3)}}, {"a.json": {}, "b.json": {}})
+    assert sorted(synced) == sorted(path.stat().st_ino for path in folder.iterdir())
+    assert len(synced) == 3
+
+
+def test_what_a_kill_left_is_no_part_of_the_next_folder(tmp_path):
+    for left in (".new.partial", ".new.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "half.json").write_text("{")
+    write_folder(tmp_path / "new", {}, {"a.json": {}})
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "a.json"]
+
+
 LIMITED = """
 import resource, sys
 from pathlib import Path
@@ -252,6 +285,14 @@ DAMAGE = {
     "json": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
     "list": (lambda f: (f / "config.json").write_text("[1]"), "holds a list, not an object"),
     "no model": (lambda f: (f / "config.json").write_text("{}"), "describes no gpt2 and no bert"),
+    "fields": (
+        lambda f: (f / "config.json").write_text('{"model": {"layers": 2}}'),
+        "describes no gpt2 and no bert .TypeError.*'layers'",
+    ),
+    "kind": (
+        lambda f: (f / "config.json").write_text('{"architecture": "t5", "model": {}}'),
+        "describes no gpt2 and no bert .KeyError.'t5'",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), "name a folder step-NNNNNNNN of a run"),
 }
 
@@ -268,9 +309,13 @@ def test_a_damaged_folder_says_which_file_and_what_to_do(tmp_path, kind):
 def test_state_and_moments_are_checked_too(tmp_path):
     first_steps(tmp_path, 1)
     folder = tmp_path / "step-00000003"
-    (folder / "state.json").write_text('{"consumed": 3}')
-    with pytest.raises(ValueError, match="state.json names no step"):
-        load_state(folder)
+    save_file({}, folder / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="wte.weight"):
+        load_optimizer(folder, *new())
+    for state in ('{"consumed": 3}', '{"step": "3"}'):
+        (folder / "state.json").write_text(state)
+        with pytest.raises(ValueError, match="state.json names no step"):
+            load_state(folder)
     (folder / "optimizer.safetensors").unlink()
     with pytest.raises(ValueError, match="optimizer.safetensors is not a whole"):
         load_optimizer(folder, *new())

@@ -132,6 +132,15 @@ def test_texts_that_cannot_be_filled(made, text, count, words):
         fill_mask(load_model(folder), tokenizer, text, count)
 
 
+def test_padding_fills_no_hole(made):
+    folder, _, tokenizer = made
+    model, size = load_model(folder), tokenizer.vocab_size
+    assert model.config.padded_vocab_size > size
+    assert len(fill_mask(model, tokenizer, HOLES, size)[0]) == size
+    with pytest.raises(ValueError, match=f"count={size + 1}: from 1 to the {size} tokens"):
+        fill_mask(model, tokenizer, HOLES, size + 1)
+
+
 # --------------------------------------------------------------------------------------- riddles
 
 

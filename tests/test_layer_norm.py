@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_edu.reference.gpt2 import Block
+from megatron_edu.training import layer_norm
 from megatron_edu.training.layer_norm import (
     MASK,
     PEAK,
@@ -122,6 +123,14 @@ def test_a_residual_taken_after_the_norm_is_post_ln():
     for block in pre.blocks:
         block.__class__ = FromTheNorm
     torch.testing.assert_close(pre.hidden_states(ids), post.hidden_states(ids), rtol=0, atol=1e-9)
+
+
+def test_each_gradient_is_clipped_after_the_pause(monkeypatch):
+    clipped = []
+    monkeypatch.setattr(layer_norm, "clip_grad_norm", lambda model, clip: clipped.append(clip))
+    for k, _ in enumerate(training(make_bert("pre", 1), TEXT, 1, 3)):
+        assert len(clipped) == k
+    assert clipped == [1.0] * 3
 
 
 def test_training_pauses_before_the_update():

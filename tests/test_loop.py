@@ -132,6 +132,14 @@ def test_a_line_says_how_fast_and_how_long(tmp_path, monkeypatch, capsys):
     ]
 
 
+def test_a_line_says_both_accuracies(tmp_path, capsys):
+    numbers = {"val_loss": 3.0, "val_mlm_loss": 2.5, "val_sop_loss": 0.5}
+    shares = {"val_mlm_accuracy": 0.25, "val_sop_accuracy": 0.75}
+    Journal(plan(tmp_path), 0, active=True).say_validation(3, {**numbers, **shares})
+    text = "loss 3.0000 (mlm 2.5000, sop 0.5000)  accuracy: mlm 25.0%, sop 75.0%\n"
+    assert capsys.readouterr().out == f"step 3  validation {text}"
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

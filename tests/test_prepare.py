@@ -176,6 +176,20 @@ def test_a_tokenizer_of_the_other_model_is_refused(lines, stories, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_whose_a_tokenizer_is_shows_in_any_spelling(stories, tmp_path):
+    "Ġ as JSON may escape it; a vocabulary that its own model cannot read; bytes that are no text."
+    (tmp_path / "vocab.json").write_text('{"\\u0120the": 0}')
+    (tmp_path / "pieces.txt").write_text("[PAD]\n[MASK]\nthe\n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
+    for name, words in {
+        "vocab.json": "vocab.json: the tokenizer of a gpt2, and a bert needs a WordPiece",
+        "pieces.txt": r"pieces.txt, read as the tokenizer of a bert .* without \[UNK\]",
+        "bytes.txt": "bytes.txt, read as the tokenizer of a bert",
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            prepare((stories,), tmp_path / "out", tmp_path / name, 90, "body", "bert")
+
+
 def test_for_bert_a_failure_leaves_the_old_pair(stories, tmp_path):
     out = tmp_path / "out"
     prepare((stories,), out, vocab_size=90, text_field="body", model="bert")
