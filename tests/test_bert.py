@@ -44,6 +44,19 @@ def test_equals_the_reference(ranks, device, tp, dp, layer_norm, recompute):
     assert all(report == reports[0] for report in reports)
 
 
+@kinds
+def test_the_loss_divides_by_the_weights_summed_in_its_own_type(layer_norm):
+    "Weights of three digits in float32; their number is another one."
+    model, full = pair(config(layer_norm=layer_norm))
+    data = batch(config())
+    mask = torch.rand(4, 13, generator=torch.Generator().manual_seed(0)) + 0.1
+    weights = mask.double()[data["labels"] != -100]
+    both = [each.losses(**data, loss_mask=mask)["mlm"] for each in (model, full)]
+    summed = model.losses(**data, loss_mask=mask, num_tokens=1)["mlm"]
+    for loss in both:
+        torch.testing.assert_close(loss, summed / weights.sum(), rtol=0, atol=1e-12)
+
+
 def test_the_batch_is_in_general_position():
     "Rows of four lengths, one of them of padding alone; the halves count different numbers."
     data = batch(config())

@@ -26,7 +26,13 @@ from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.models.bert import Bert
 from megatron_edu.prepare import prepare, prepare_documents
 from megatron_edu.ranks import RankError
-from megatron_edu.training.checkpoint import latest_checkpoint, load_model, save_checkpoint
+from megatron_edu.training.checkpoint import (
+    latest_checkpoint,
+    load_config,
+    load_model,
+    load_state,
+    save_checkpoint,
+)
 from megatron_edu.training.journal import read_metrics
 
 TEXT = "The cat sat on the mat, and the dog barked at the cat.\n\n"
@@ -865,6 +871,9 @@ def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):
     there.mkdir()       # empty
     cli.main(f"convert --from {run} --to {there} --format huggingface".split())
     cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
+    said = f"{load_config(latest_checkpoint(run)).num_parameters():,} parameters in {there}\n"
+    assert capsys.readouterr().out.startswith(said)
+    assert load_state(latest_checkpoint(back))["step"] == 0
     tokenizers = {(folder / "tokenizer.json").read_bytes() for folder in (run, there, back)}
     assert len(tokenizers) == 1
     assert transformers.GPT2LMHeadModel.from_pretrained(there).config.vocab_size == 280
@@ -872,6 +881,17 @@ def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):
     assert all(torch.equal(a[name][:280], b[name][:280]) for name in a)
     texts = [written(capsys, folder, "--tokens", 8) for folder in (run, back)]
     assert texts[0] == texts[1]
+
+
+def test_convert_takes_an_older_vocabulary_of_a_gpt2_along(run, tmp_path):
+    there, back = tmp_path / "there", tmp_path / "back"
+    cli.main(f"convert --from {run} --to {there}".split())
+    core = load_tokenizer(there).core
+    (there / "tokenizer.json").unlink()
+    core.model.save(str(there))
+    assert (there / "vocab.json").exists() and (there / "merges.txt").exists()
+    cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
+    assert load_tokenizer(back).core.get_vocab() == core.get_vocab()
 
 
 def test_convert_refuses(run, tmp_path, capsys):

@@ -504,12 +504,15 @@ def test_a_folder_of_heads_alone_is_refused(folders, tmp_path):
         load_huggingface(renamed(folders["post"], tmp_path, change))
 
 
-def test_what_has_no_place_is_left_out_with_a_warning(folders, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_has_no_place_is_left_out_with_a_warning(folders, tmp_path, count):
+    more = {"classifier.bias": torch.ones(3), "classifier.weight": torch.ones(3, 36)}
+
     def change(tensors):
-        return tensors | {"classifier.bias": torch.ones(3), "classifier.weight": torch.ones(3, 36)}
+        return tensors | dict(list(more.items())[:count])
 
     there = renamed(folders["post"], tmp_path, change)
-    words = "2 of 48 tensors have no place here and are left out, classifier.bias first"
+    words = f"{count} of {46 + count} tensors have no place here and are left out, classifier.bias f"
     with pytest.warns(UserWarning, match=words) as caught:
         load_huggingface(there)
     assert len(caught) == 1

@@ -45,6 +45,15 @@ def test_masks_are_berts():
     assert not (ids[~asked] == MASK).any()
 
 
+def test_what_is_drawn_in_place_of_a_token_is_no_mask(monkeypatch):
+    "Of two tokens, where one draw in three would be the mask."
+    monkeypatch.setattr(layer_norm, "MASK", 2)
+    text = torch.randint(2, (20_000,), generator=torch.Generator().manual_seed(0))
+    batch = masked_batch(text, 5, rows=2000)
+    masked = (batch["input_ids"] == 2)[batch["labels"] != -100].double()
+    assert abs(masked.mean() - 0.8) < 5 * math.sqrt(0.8 * 0.2 / len(masked)) < 0.1 / 3
+
+
 def test_batches_are_windows_of_the_text():
     batch = masked_batch(torch.arange(200), 1, rows=50)
     asked = batch["labels"] != -100
@@ -147,4 +156,8 @@ def test_training_pauses_before_the_update():
     next(steps)
     moved = (model.wte.weight - before[0]).abs().max().item()
     assert math.isclose(moved, PEAK / 20, rel_tol=0.01)     # first of 20 steps of warm-up
+    twin.zero_grad()
+    twin.load_state_dict(model.state_dict())
+    twin.loss(**masked_batch(TEXT, 300_002)).backward()
+    assert model.wte.weight.grad.equal(twin.wte.weight.grad)    # of the second step alone
     assert len(list(steps)) == 0

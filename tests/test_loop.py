@@ -23,6 +23,7 @@ from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
+from megatron_edu.models.block import Block
 from megatron_edu.training import journal, loop, step
 from megatron_edu.training.checkpoint import (
     checkpoint_folder,
@@ -104,16 +105,28 @@ def test_a_run_writes_one_line_a_step_and_whole_checkpoints(tmp_path, tokens, ca
     assert "step 1/6 " in printed and "step 3/6 " not in printed and "step 6/6 " in printed
 
 
-def test_the_first_loss_is_the_references_and_training_lowers_it(tmp_path, tokens):
-    config = plan(tmp_path, steps=40, save_every=40, eval_every=40)
+@pytest.mark.parametrize("seed", [1, 5])
+def test_the_first_loss_is_the_references_and_training_lowers_it(tmp_path, tokens, seed):
+    "Weights and samples are those of the seed."
+    config = plan(tmp_path, steps=40, save_every=40, eval_every=40, seed=seed)
     run_here(config, tokens)
-    samples = GPT2Samples(TokenFile(tokens), 16, 160, 1, range(18))
+    samples = GPT2Samples(TokenFile(tokens), 16, 160, seed, range(18))
     batch = samples.batch(range(4))
-    first = reference.GPT2(TINY).loss(batch["input_ids"], batch["labels"]).item()
+    first = reference.GPT2(TINY, seed=seed).loss(batch["input_ids"], batch["labels"]).item()
     assert losses(tmp_path)[0] == pytest.approx(first, abs=1e-5)
     (_, before), (_, after) = validation_losses(read_metrics(tmp_path))
     assert after < before - 1
     assert not (torch.tensor(losses(tmp_path)) == losses(tmp_path)[0]).all()
+
+
+def test_the_last_step_is_validated_and_the_blocks_are_compiled(tmp_path, tokens, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(type(module)))
+    run_here(plan(tmp_path / "a", eval_every=4), tokens)
+    assert [step for step, _ in validation_losses(read_metrics(tmp_path / "a"))] == [0, 4, 6]
+    assert compiled == []
+    run_here(plan(tmp_path / "b", steps=1, compile=True), tokens)
+    assert compiled == [Block, Block]
 
 
 def test_a_line_says_how_fast_and_how_long(tmp_path, monkeypatch, capsys):
@@ -265,6 +278,12 @@ def test_nan_stops_names_the_step_and_keeps_the_checkpoint(ranks, device, tmp_pa
     load_model(latest_checkpoint(tmp_path))
 
 
+def test_nan_before_any_checkpoint_says_that_there_is_none(tmp_path, tokens):
+    config = plan(tmp_path, optimizer=OptimizerConfig(lr=3e38, warmup_steps=0))
+    with pytest.raises(FloatingPointError, match="step 2: .* the last checkpoint is none; lower"):
+        run_here(config, tokens)
+
+
 def test_nan_in_the_gradient_alone_stops_before_the_weights_change(tmp_path, tokens, monkeypatch):
     seen = []
     real = step.clip_grad_norm
@@ -343,6 +362,18 @@ def test_all_ranks_stop_where_one_is_interrupted(ranks, device, tmp_path, tokens
     assert latest_checkpoint(tmp_path).name == "step-00000002"
 
 
+@pytest.mark.parametrize("step", [4, 6])
+def test_who_stops_a_run_at_its_last_step_is_not_told_to_go_on(
+    tmp_path, tokens, monkeypatch, capsys, step
+):
+    asked = iter([False] * (step - 1) + [True])
+    monkeypatch.setattr(loop, "_any_rank", lambda *args: next(asked))
+    run_here(plan(tmp_path), tokens)
+    said = capsys.readouterr().out
+    assert ("go on with --resume auto" in said) == ("stopped at step 4;" in said) == (step == 4)
+    assert latest_checkpoint(tmp_path).name == f"step-{step:08}"
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT)
     with stop_requested() as asked:
@@ -386,6 +417,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, tokens):
     [
         ({"steps": 0}, "steps=0: must be at least 1"),
         ({"micro_batch": 0}, "micro_batch=0: must be at least 1"),
+        ({"log_every": 0}, "log_every=0: must be at least 1"),
         ({"validation": 1.0}, "validation=1.0: must be a share"),
         ({"seed": -1}, "seed=-1: must be 0 or more"),
         ({"micro_batch": 3}, "global_batch 4 does not divide into micro-batches of 3"),

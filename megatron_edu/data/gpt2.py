@@ -239,5 +239,5 @@ def split_documents(
         needed -= fraction > 0
         wanted = round(sum(fractions[: k + 1]) * num_documents)
         low, high = bounds[-1] + (fraction > 0), num_documents - needed
-        bounds.append(min(max(wanted, low), high) if fraction > 0 else bounds[-1])
+        bounds.append(min(max(wanted, low), high))
     return [range(*pair) for pair in zip(bounds[:-1], bounds[1:], strict=True)]
