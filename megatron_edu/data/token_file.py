@@ -113,7 +113,7 @@ def mapped(
 
 # %% ../../nbs/5_data/03_token_file.ipynb #84384f5d
 class TokenIndex:
-    "The index of a token file, mapped, its arrays checked against each other."
+    "The index of a token file, mapped. ValueError if it is cut short or contradicts itself."
 
     def __init__(self, path: Path):
         self.dtype, n, _ = read_header(path)
