@@ -174,8 +174,7 @@ class GPT2Samples(torch.utils.data.Dataset):
     """Training samples of a token file: s inputs, and the s labels that are one token further on.
 
     The documents, in shuffled order, make one stream; sample i is its tokens i*s to i*s + s, both
-    included, so that neighbours share one token. The order is fixed by `seq_len` and `seed`, and
-    made one epoch at a time, when a sample of it is read.
+    included, so that neighbours share one token. `seq_len` and `seed` fix the order.
     """
 
     def __init__(
@@ -209,8 +208,7 @@ class GPT2Samples(torch.utils.data.Dataset):
         "The tokens of sample i, gathered from as many documents as they touch."
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
-        start = self.epochs.start(i)
-        return gather_tokens(self.token_file, self.starts, *start, length=self.seq_len + 1)
+        return gather_tokens(self.token_file, self.starts, *self.epochs.start(i), self.seq_len + 1)
 
 # %% ../../nbs/5_data/04_samples.ipynb #549e31b0
 def split_documents(

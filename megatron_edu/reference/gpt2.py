@@ -169,7 +169,7 @@ def check_input(input_ids: torch.Tensor, config: ModelConfig) -> None:
             f"{config.max_seq_len}; cut it, or build the model with a larger max_seq_len"
         )
 
-# %% ../../nbs/2_reference/02_gpt2.ipynb #4fd68be8
+
 def check_labels(
     input_ids: torch.Tensor,                    # (b, s)
     labels: torch.Tensor,                       # (b, s)
@@ -212,7 +212,7 @@ def summed_loss(
 class GPT2(nn.Module):
     """A plain PyTorch GPT-2; its initial weights depend on `config` and `seed` alone.
 
-    Ids outside the vocabulary and too long a sequence raise `ValueError`.
+    Unknown ids, too long a sequence and labels of another shape raise `ValueError`.
     """
 
     def __init__(self, config: GPT2Config, *, seed: int = 1):
@@ -224,10 +224,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.load_state_dict(dict(initial_weights(config, seed)))
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,                    # (b, s) token ids
-    ) -> torch.Tensor:                              # (b, s, v padded) logits
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:     # (b, s) to (b, s, v padded)
         "Logits of the token after each position. Columns from `vocab_size` on are padding."
         check_input(input_ids, self.config)
         x = self.wte(input_ids) + self.wpe.weight[: input_ids.shape[1]]     # (b, s, h)
