@@ -15,9 +15,8 @@ from ..comm import group_size
 from ..config import BertConfig
 from .block import Block
 from .gpt2 import Trunk, run_blocks
-from ..reference.bert import check_labels, check_rows, initial_weights
-from ..reference.bert import mean_of, order_loss, visible
-from ..reference.gpt2 import gelu, token_weights
+from ..reference.bert import check_rows, initial_weights, mean_of, order_loss, visible
+from ..reference.gpt2 import check_labels, gelu, token_weights
 from ..tensor_parallel.fused_loss import linear_cross_entropy
 from ..tensor_parallel.shard import Shard, shard_state_dict
 
