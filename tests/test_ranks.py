@@ -3,6 +3,7 @@
 import gc
 import importlib
 import linecache
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -238,6 +239,24 @@ def test_a_skipped_collective_ends_at_the_time_limit(make_group):
         assert all_gone(pids)
         world.timeout = HANG
         assert world(sum_of_ranks) == [6] * 4
+
+
+def test_ranks_may_meet_later_than_a_collective_may_wait(monkeypatch):
+    process = multiprocessing.get_context("forkserver").Process
+    start = process.start
+
+    def start_late(rank):
+        if rank.name == "rank 1":
+            time.sleep(1)
+        start(rank)
+
+    def limit():
+        options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+        return options._timeout.total_seconds()
+
+    monkeypatch.setattr(process, "start", start_late)
+    with Ranks(2, timeout=0.2, threads=1) as world:
+        assert world(limit) == [0.2, 0.2]
 
 
 def test_ranks_that_had_finished_are_named():
