@@ -15,7 +15,8 @@ def each(line, option, values, *naming):
     for value in values:
         shown = ascii(value) if len(str(value)) < 40 else f"{len(str(value))} characters"
         words = [*line.split(), f"{option}={value}"]
-        add(KIND, f"{words[0]} {option}={shown}", words, refused(*(naming or (name,))))
+        bert = " of a BERT" if "bert" in line else ""
+        add(KIND, f"{words[0]}{bert} {option}={shown}", words, refused(*(naming or (name,))))
 
 
 NO_COUNTS = [0, -1, 1.5, "nan", "inf", "1e3", "", " ", "x", "0x10", "1,000", "--", "None", "true", DIGITS]

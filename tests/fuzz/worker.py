@@ -25,6 +25,8 @@ for library in ("OMP", "OPENBLAS", "MKL"):      # a process with threads cannot 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+from limits import HANG  # noqa: E402
+
 from fuzz import world  # noqa: E402
 from fuzz.cases import CLEAN, Accepted, Case, read_tensors  # noqa: E402
 from fuzz.all_cases import CASES  # noqa: E402
@@ -93,6 +95,7 @@ def in_child(folder: Path, words: tuple[str, ...]) -> int:
         os.mkdir(f"{folder}.tmp")
         os.environ["TMPDIR"] = f"{folder}.tmp"      # where a traceback would be written
         tempfile.tempdir = None
+        signal.alarm(int(HANG / 4))
         limited(MEMORY)
         status = command(words)
         sys.stdout.flush()
