@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from megatron_edu.streams import patient, patient_streams
+from megatron_edu.streams import patient_streams
 
 LONG = "import sys\nfrom megatron_edu.streams import patient_streams\nwith patient_streams():\n"
 
