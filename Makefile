@@ -5,12 +5,13 @@ BASE_PYTHON = python3
 BIN = .venv/bin
 READY = .venv/.installed
 
-.PHONY: help demo test export readme clean lint
+.PHONY: help demo test export readme clean lint gpu
 
 help:
 	@echo "make demo     install into .venv, then train, sample and re-shard a small GPT-2"
 	@echo "              (a BERT, afterwards: .venv/bin/megatron-edu demo --model bert)"
 	@echo "make test     install into .venv, then all checks"
+	@echo "make gpu      install into .venv, then check and time what this machine's GPUs allow"
 	@echo "make export   write megatron_edu/ from the notebooks"
 	@echo "make readme   write README.md from nbs/index.ipynb"
 	@echo "make clean    strip the notebooks of what changes from run to run"
@@ -40,6 +41,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python tools/checks.py
+
+gpu: $(READY)
+	@PYTHONPATH=. $(BIN)/python tools/gpu_check.py
 
 export: $(READY)
 	@$(BIN)/nbdev_export && echo "megatron_edu/ written from nbs/"

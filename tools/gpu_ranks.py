@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -359,6 +360,12 @@ def set_precision(precision: str) -> None:
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
 
+def products(a: torch.Tensor, b: torch.Tensor, times: int) -> None:
+    "A matrix product so many times: one alone may take less than the events around it."
+    for _ in range(times):
+        torch.mm(a, b)
+
+
 def gemm_rate(timing: Timing, device: torch.device) -> float:
     "FLOP/s over the four matrix products of a layer, in the timing's precision and shapes."
     config, m = timing.config, timing.tokens
@@ -367,10 +374,10 @@ def gemm_rate(timing: Timing, device: torch.device) -> float:
     set_precision(timing.precision)
     work = seconds = 0.0
     for k, n in ((h, 3 * h // tp), (h // tp, h), (h, f // tp), (f // tp, h)):
-        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device)
-        b = b.to(dtype)
-        seconds_each(lambda: torch.mm(a, b), 3, device)     # noqa: B023
-        seconds += statistics.median(seconds_each(lambda: torch.mm(a, b), 10, device))  # noqa: B023
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (k, n)))
+        ten = partial(products, a, b, 10)
+        ten()
+        seconds += statistics.median(seconds_each(ten, 5, device)) / 10
         work += 2 * m * k * n
     return work / seconds
 
