@@ -17,8 +17,6 @@ from .data.gpt2 import split_documents
 from .data.token_file import TokenFile
 from .data.wordpiece import WordPiece
 from megatron_edu.demo import (
-    STEPS,
-    DemoConfig,
     Row,
     compare_on_ranks,
     demo_plan,
@@ -26,6 +24,7 @@ from megatron_edu.demo import (
     train_on_corpus,
 )
 from .models.bert import Bert
+from .settings import STEPS, DemoConfig
 from .tensor_parallel.cross_entropy import hide_padding
 from .training.checkpoint import checkpoint_folder, load_model
 from .training.journal import read_metrics, validation_losses
