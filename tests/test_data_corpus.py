@@ -127,7 +127,7 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_bytes_that_are_no_text_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=rf"{name}: byte 0xe9 is not UTF-8.*convert"):
+    with pytest.raises(ValueError, match=rf"{name}, line 1: byte 0xe9 is not UTF-8.*convert"):
         list(read_documents(tmp_path))
 
 
