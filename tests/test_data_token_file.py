@@ -1,5 +1,6 @@
 "Megatron's .bin/.idx: the same bytes, whole files or none, and no token that was not written."
 
+import os
 import pickle
 import re
 import signal
@@ -191,13 +192,72 @@ def test_a_negative_size_is_refused_where_all_sums_agree(small):
     [
         (lambda c: b"XMIDIDX" + c[7:], "begins with b'XMIDIDX"),
         (lambda c: c[:9] + b"\x02" + c[10:], "version 2 .* known are version 1"),
-        (lambda c: c[:17] + b"\x06" + c[18:], "token type 6;"),
+        (lambda c: c[:17] + b"\x06" + c[18:], r"token type 6 \(numbers with a fraction.*uint16;"),
         (lambda c: c[:18] + b"\x04" + c[19:], "cut short: it has 102 bytes, where 4 sequences"),
     ],
 )
 def test_messages_name_value_and_rule(small, change, message):
     spoil(small, "idx", change)
     with pytest.raises(ValueError, match=message):
+        TokenFile(small)
+
+
+def test_sequence_modes_of_text_are_read(small):
+    spoil(small, "idx", lambda content: content + bytes(3))
+    assert [each.tolist() for each in TokenFile(small)] == [[1, 2, 3], [4], [5, 6]]
+    assert TokenFile(small).document_starts.tolist() == [0, 3, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("modes", "words"),
+    [
+        ([0, 1, 0], r"sequence modes, and 1 of 3 are not 0 \(sequence 1: mode 1\): a multimodal"),
+        ([-1, 2, 2], r"3 of 3 are not 0 \(sequence 0: mode -1\)"),
+        ([0, 0], "too long: it has 104 bytes"),
+        ([0, 0, 0, 0], "too long: it has 106 bytes"),
+    ],
+)
+def test_other_modes_and_other_lengths_are_refused_by_name(small, modes, words):
+    spoil(small, "idx", lambda content: content + np.array(modes, "i1").tobytes())
+    with pytest.raises(ValueError, match=rf"small\.idx: .*{words}"):
+        TokenFile(small)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c[:18] + struct.pack("<Q", 2**60) + c[26:], f"where {2**60} sequences and 4"),
+        (lambda c: c[:18] + struct.pack("<QQ", 2**64 - 1, 2**64 - 1) + c[34:], "cut short"),
+        (lambda c: c[:26] + struct.pack("<Q", 2**61) + c[34:], f"and {2**61} document offsets"),
+        (lambda c: c[:26] + struct.pack("<Q", 0) + c[34:], "too long"),
+        (lambda c: c[:26] + struct.pack("<Q", 0) + c[34:70], "contradict each other"),
+        (lambda c: c[:34] + struct.pack("<3i", *[2**31 - 1] * 3) + c[46:], "contradict"),
+        (lambda c: c[:46] + struct.pack("<3q", 0, -(2**62), 8) + c[70:], "contradict"),
+        (lambda c: c[:70] + struct.pack("<4q", 0, 2**40, 2**41, 3) + c[102:], "contradict"),
+        (lambda c: c[:17] + bytes([7]) + c[18:], r"token type 7 \(numbers with a fraction"),
+        (lambda c: c[:17] + bytes([255]) + c[18:], "token type 255; known"),
+        (lambda c: b"TNTIDX\0\0" + c[8:], "as an index of fairseq's older format does"),
+        (lambda c: c[::-1], "begins with"),
+        (lambda c: bytes(len(c)), "begins with"),
+        (lambda c: b"", "begins with b''"),
+    ],
+)
+def test_an_index_of_any_numbers_is_refused_in_little_memory(small, change, words):
+    spoil(small, "idx", change)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"small\.idx: .*{words}"):
+        TokenFile(small)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: os.mkfifo(path)])
+def test_what_is_no_file_is_named(small, ending, make):
+    path = small.with_name(f"small.{ending}")
+    path.unlink()
+    make(path)
+    with pytest.raises(ValueError, match=rf"small\.{ending}: not a file"):
         TokenFile(small)
 
 
