@@ -6,8 +6,8 @@
 __all__ = ['TP', 'LABELS', 'find_mutant', 'listing', 'examine_on_rank', 'light', 'table', 'summary', 'break_and_tell', 'run']
 
 # %% ../../nbs/7_using/09_cli_breaking.ipynb #04e0481f
+import contextlib
 import difflib
-from textwrap import fill
 
 from .options import BreakArguments
 from .paint import paint
@@ -43,21 +43,19 @@ def listing() -> str:
             title = f"{kind}: {chapter}; paper: {section}"
             groups.setdefault(title, []).append(f"  {name:32}{mutant.mistake}")
     parts = ["\n".join([title, *lines]) for title, lines in groups.items()]
-    return "\n\n".join([*parts, "Make one: megatron-edu break NAME"])
+    return "\n\n".join([*parts, "Make one of them: megatron-edu break NAME"])
 
 # %% ../../nbs/7_using/09_cli_breaking.ipynb #67586c9d
 def examine_on_rank(
-    mutant: Mutant | None,          # None: the code as it is, and nothing else
     kind: str,                      # of model: gpt2 or bert
-) -> list[Verdict]:                 # of the code as it is, and of the broken one
-    "What each rank does. All of them come to the same verdicts."
-    groups = ParallelDims(tp=TP, dp=1 if mutant is None else mutant.dp).build()
+    dp: int = 1,                    # replicas
+    mutant: Mutant | None = None,   # None: the code as it is
+) -> Verdict:                       # the same on every rank
+    "What each rank does."
+    groups = ParallelDims(tp=TP, dp=dp).build()
     subject = bert_subject() if kind == "bert" else GPT2_SUBJECT
-    verdicts = [examine(groups, DataParallel, subject=subject)]
-    if mutant is not None:
-        with mutant.made():
-            verdicts.append(examine(groups, DataParallel, subject=subject))
-    return verdicts
+    with contextlib.nullcontext() if mutant is None else mutant.made():
+        return examine(groups, DataParallel, subject=subject)
 
 
 LABELS = dict(zip(ALL_CHECKS, (
@@ -112,7 +110,7 @@ def break_and_tell(mutant: Mutant) -> bool:
     replicas = f", {mutant.dp} replicas" if mutant.dp > 1 else ""
     print(f"on       a small {name}, {size} ranks (tp={TP}{replicas}), float64\n", flush=True)
     with Ranks(size) as ranks:
-        right, wrong = ranks(examine_on_rank, mutant, kind)[0]
+        right, wrong = (ranks(examine_on_rank, kind, mutant.dp, m)[0] for m in (None, mutant))
     print(table([right, wrong]))
     print(f"\n{summary(right, wrong)}")
     chapter, section = mutant.lesson
