@@ -42,10 +42,11 @@ def train_from_folder(
     config: TrainConfig,
     tokens: Path,                   # prefix of a token file
     tokenizer: Path | None = None,  # that wrote it; a BERT needs it
+    quiet: bool = False,            # write metrics, and say nothing
 ) -> None:
     "What each rank of a training run does."
     pieces = load_wordpiece(tokenizer) if isinstance(config.model, BertConfig) else None
-    train(config, TokenFile(tokens), groups, device, pieces)
+    train(config, TokenFile(tokens), groups, device, pieces, quiet)
 
 # %% ../nbs/7_using/02_demo.ipynb #4957b30d
 def demo_plan(

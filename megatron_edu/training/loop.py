@@ -156,6 +156,7 @@ def train(
     groups: ParallelGroups,
     device: torch.device | str = "cpu",
     tokenizer: WordPiece | None = None, # that wrote the file; a BERT needs it
+    quiet: bool = False,                # write metrics, and say nothing
 ) -> Trunk:                             # this rank's part of the trained model
     """Train a model from its first step, or from the last checkpoint with `resume="auto"`.
 
@@ -166,7 +167,7 @@ def train(
     out = config.run.out
     checkpoint = latest_checkpoint(out) if config.run.resume == "auto" else None
     run = begin_run(config, token_file, groups, torch.device(device), checkpoint, tokenizer)
-    journal = Journal(config, run.step, active=groups.tp_rank == groups.dp_rank == 0)
+    journal = Journal(config, run.step, groups.tp_rank == groups.dp_rank == 0, quiet)
     try:
         if checkpoint is not None:
             journal.say(f"going on from {checkpoint}")
