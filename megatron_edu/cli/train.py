@@ -19,7 +19,6 @@ from ..data.token_file import TokenFile
 from ..demo import train_from_folder
 from ..memory import check_memory, training_bytes
 from ..prepare import TOKENIZER, TOKENS, find_token_file, prepare, read_tokenizer
-from ..settings import TrainConfig
 from ..training.checkpoint import latest_checkpoint, load_config, load_state
 from ..training.launch import launch
 
