@@ -46,7 +46,7 @@ def train_from_folder(
 ) -> None:
     "What each rank of a training run does."
     pieces = load_wordpiece(tokenizer) if isinstance(config.model, BertConfig) else None
-    train(config, TokenFile(tokens), groups, device, pieces, quiet)
+    train(config, TokenFile(tokens), groups, device, pieces, quiet=quiet)
 
 # %% ../nbs/7_using/02_demo.ipynb #4957b30d
 def demo_plan(

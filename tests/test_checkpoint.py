@@ -310,16 +310,37 @@ def test_a_damaged_folder_says_which_file_and_what_to_do(tmp_path, kind):
 def test_state_and_moments_are_checked_too(tmp_path):
     first_steps(tmp_path, 1)
     folder = tmp_path / "step-00000003"
-    save_file({}, folder / "optimizer.safetensors")
-    with pytest.raises(ValueError, match="wte.weight"):
+    save_file({"exp_avg.surplus": torch.zeros(2)}, folder / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="no parameter surplus"):
+        load_optimizer(folder, *new())
+    save_file({"exp_avg.ln_f.bias": torch.zeros(2)}, folder / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="ln_f.bias has shape .2,. .* needs .32,."):
+        load_optimizer(folder, *new())
+    (folder / "optimizer.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="optimizer.safetensors is not a whole"):
         load_optimizer(folder, *new())
     for state in ('{"consumed": 3}', '{"step": "3"}'):
         (folder / "state.json").write_text(state)
         with pytest.raises(ValueError, match="state.json names no step"):
             load_state(folder)
+
+
+@pytest.mark.parametrize("kept", [[], ["ln_f.bias", "wte.weight"]])
+def test_parameters_without_moments_begin_without(tmp_path, kept):
+    "As of a head that no loss reads. Their age is that of a first step, too."
+    first_steps(tmp_path, 1)
+    folder = tmp_path / "step-00000003"
+    with safe_open(folder / "optimizer.safetensors", "pt") as file:
+        own = {key: file.get_tensor(key) for key in file.keys() if key.split(".", 1)[1] in kept}
+    save_file(own, folder / "optimizer.safetensors")
+    model, optimizer = new()
+    load_optimizer(folder, model, optimizer)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert sorted(names[id(p)] for p in optimizer.state) == kept
     (folder / "optimizer.safetensors").unlink()
-    with pytest.raises(ValueError, match="optimizer.safetensors is not a whole"):
-        load_optimizer(folder, *new())
+    model, optimizer = new()
+    load_optimizer(folder, model, optimizer)
+    assert not optimizer.state
 
 
 def test_weights_of_another_model_are_refused(tmp_path):
