@@ -59,7 +59,7 @@ def find_tokenizer(
     own: Path | None = None,    # of the weights; None: they are drawn, or know of none
     whose: str = "",            # what these weights are, for the message
 ) -> Path | None:           # None: there is none yet
-    "The tokenizer that is named, beside the tokens, or of the weights. `ValueError` if they differ."
+    "The tokenizer named, beside the tokens, or of the weights. `ValueError` if they differ."
     model, named = arguments.config.model, arguments.tokenizer
     kind = kind_of(model)
     beside = None if prefix is None else prefix.parent / TOKENIZER
@@ -208,10 +208,11 @@ def tokens_of_text(
         ]
     prefix = Path(noted["prefix"])
     if not noted.get("inputs"):
-        lost = "" if find_token_file(prefix) else ", which is gone; copy it to any place and give that"
+        if find_token_file(prefix) is None:
+            remedy = "it is gone; give a copy of it with --data PATH"
         raise ValueError(
-            f"{named}: {checkpoint.folder} was trained on the token file {prefix}{lost}, and text is "
-            f"not tokenized again for it; {remedy}"
+            f"{named}: {checkpoint.folder} was trained on the token file {prefix}, and text is not "
+            f"tokenized again for it; {remedy}"
         )
     differ = same_inputs(noted["inputs"], arguments.data)
     field = noted.get("text_field")
@@ -231,6 +232,7 @@ class Plan(NamedTuple):
     init_from: Path | None      # where a new run takes its weights
     origin: dict                # what a new run notes of itself
     lines: list[str]            # what is said before the first step
+    begins: bool                # whether it is a new run
     done: str = ""              # why there is nothing to do
 
 
@@ -251,8 +253,8 @@ def make_plan(arguments: TrainArguments) -> Plan:
     done, steps = "", config.run.steps
     if checkpoint.step >= steps:
         done = (
-            f"{checkpoint.folder}: {checkpoint.step} of {steps} steps are done; to go on, give more "
-            "--steps"
+            f"{checkpoint.folder}: {checkpoint.step} of {steps} steps are done; "
+            "to go on, give more --steps"
         )
     config = replace(config, run=replace(config.run, resume=checkpoint.folder))
     return _checked(config, tokens, None, {}, lines + tokens.notes, done)
@@ -283,12 +285,14 @@ def _checked(
 ) -> Plan:
     "A plan whose sizes divide and whose text is long enough."
     path = tokens.tokenizer
+    tokenizer = None if path is None else read_tokenizer(path, kind_of(config.model))
     check_plan(config)
-    check_tokens(config, tokens.file, None if path is None else read_tokenizer(path, kind_of(config.model)))
+    check_tokens(config, tokens.file, tokenizer)
     lines = [*warmup_note(config), *lines]
     told = f"{'data':10} {tokens.file.num_tokens:,} tokens"
     lines = [describe(config), told, *length_note(config, tokens.file), *lines]
-    return Plan(config, tokens.file.prefix, path, init_from, origin, lines, done)
+    begins = config.run.resume in ("never", "auto")
+    return Plan(config, tokens.file.prefix, path, init_from, origin, lines, begins, done)
 
 
 def warmup_note(config: TrainConfig) -> list[str]:
@@ -297,8 +301,8 @@ def warmup_note(config: TrainConfig) -> list[str]:
     if warmup < steps:
         return []
     return [
-        f"{'warm-up':10} {warmup:,} steps, and the run has {steps:,}: the learning rate never falls "
-        f"from {config.optimizer.lr:g}; a shorter one: --warmup-steps {max(1, steps // 10)}"
+        f"{'warm-up':10} {warmup:,} steps, and the run has {steps:,}: the learning rate never comes "
+        f"down from {config.optimizer.lr:g}; a shorter one: --warmup-steps {steps // 10}"
     ]
 
 # %% ../../nbs/7_using/02_train.ipynb #0c399641
@@ -327,7 +331,7 @@ def run(arguments: TrainArguments) -> None:
         return
     if first:
         out.mkdir(parents=True, exist_ok=True)
-        if plan.tokenizer is not None and not (out / TOKENIZER).exists():
+        if plan.tokenizer is not None and (plan.begins or not (out / TOKENIZER).exists()):
             read_tokenizer(plan.tokenizer, kind_of(config.model)).save(out / TOKENIZER)
         print(*plan.lines, sep="\n", flush=True)
     launch(train_on_rank, plan.config.parallel, plan)
