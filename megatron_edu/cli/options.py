@@ -20,6 +20,7 @@ from megatron_edu.resume import (
     STATE,
     check_record,
     checkpoints,
+    given_folder,
     kind_of,
     latest_checkpoint,
     load_config,
@@ -147,17 +148,20 @@ def run_arguments(args: list[str]) -> TrainArguments | None:
     if resume == "auto":
         found = checkpoints(Path(out))
     else:
-        found = [Path(resume)]
+        folder = Path(resume)
+        found = [given_folder(Path(out or folder.absolute().parent), folder)]
+    reasons = []
     for folder in found:
         try:
             described = read_json(folder / CONFIG)
             check_record(folder, described)
             settings, model = load_settings(folder), load_config(folder)
-        except ValueError:
-            if out is None:
-                raise
-            continue        # the verb names it
-        return _of_run(args, folder, described, settings, model)
+        except ValueError as error:
+            reasons.append(error)
+        else:
+            return _of_run(args, folder, described, settings, model)
+    for error in reasons:       # none can be read; the first is the last that was saved
+        raise error
     return None
 
 

@@ -87,7 +87,7 @@ def check_vocabulary(
     arguments: TrainArguments,
     path: Path,             # of the tokenizer
     model: ModelConfig | None,  # of the weights; None: they are drawn
-) -> int:                   # ids of the model
+) -> None:
     "`ValueError` for a model that is to have other ids than its tokenizer, or fewer."
     asked, kind = arguments.config.model.vocab_size, kind_of(arguments.config.model)
     size = read_tokenizer(path, kind).vocab_size
@@ -97,14 +97,12 @@ def check_vocabulary(
                 f"{path} has {size} tokens, and the weights know {model.vocab_size} ids; use the "
                 "tokenizer that they were trained with"
             )
-        return asked
-    if asked not in (size, PRESETS[arguments.preset].vocab_size):
+    elif asked not in (size, PRESETS[arguments.preset].vocab_size):
         raise ValueError(
             f"--vocab-size {asked}: {path} has {size} tokens, and a model has as many as its "
             f"tokenizer; leave --vocab-size out, or train a tokenizer of that size with "
             f"megatron-edu prepare TEXT --model {kind} --vocab-size {asked} --out FOLDER"
         )
-    return size
 
 # %% ../../nbs/7_using/02_train.ipynb #0663148e
 BESIDE = TOKENIZER, "vocab.json", "vocab.txt"       # any of these is the tokenizer of a folder
@@ -139,13 +137,16 @@ class Tokens(NamedTuple):
 def find_tokens(
     arguments: TrainArguments,
     own: Path | None = None,    # tokenizer of the weights; None: they are drawn, or know of none
-    whose: str = "",
+    whose: str = "",            # what these weights are, for the message
+    model: ModelConfig | None = None,   # of the weights; None: they are drawn
 ) -> Tokens:
     "The token file to train on; text is turned into one in the run's folder."
     out, named = arguments.config.run.out, ", ".join(map(str, arguments.data))
     kind = kind_of(arguments.config.model)
     prefix = find_token_file(arguments.data[0]) if len(arguments.data) == 1 else None
     path = find_tokenizer(arguments, prefix, own, whose)
+    if path is not None:
+        check_vocabulary(arguments, path, model)
     noted = {"given": [str(path.absolute()) for path in arguments.data]}
     if prefix is not None:
         if path is None and kind == "bert":
@@ -181,8 +182,10 @@ def own_tokens(
                 f"{', '.join(map(str, data))}: text for {out}, a run without a {TOKENIZER}: its "
                 "ids come from a token file; give that, or name the tokenizer with --tokenizer"
             )
-        return find_tokens(arguments, own, str(out))
+        return find_tokens(arguments, own, str(out), checkpoint.model)
     path, notes = find_tokenizer(arguments, prefix, own, str(out)), []
+    if path is not None:
+        check_vocabulary(arguments, path, checkpoint.model)
     if prefix is None:
         prefix, notes = tokens_of_text(arguments, checkpoint)
     file = TokenFile(prefix)
@@ -248,8 +251,6 @@ def make_plan(arguments: TrainArguments) -> Plan:
     check_same(config, checkpoint)
     lines += check_begun(arguments.init_from, checkpoint)
     tokens = own_tokens(arguments, checkpoint)
-    if tokens.tokenizer is not None:
-        check_vocabulary(arguments, tokens.tokenizer, checkpoint.model)
     done, steps = "", config.run.steps
     if checkpoint.step >= steps:
         done = (
@@ -267,9 +268,9 @@ def _begin(arguments: TrainArguments, lines: list[str]) -> Plan:
         source = find_source(folder)
         check_sizes(config.model, source)
         own, model = weights_tokenizer(folder, source.ours, arguments.tokenizer), source.model
-    tokens = find_tokens(arguments, own, f"--init-from {folder}")
-    if tokens.tokenizer is not None:
-        ids = check_vocabulary(arguments, tokens.tokenizer, model)
+    tokens = find_tokens(arguments, own, f"--init-from {folder}", model)
+    if tokens.tokenizer is not None and model is None:
+        ids = read_tokenizer(tokens.tokenizer, kind_of(config.model)).vocab_size
         config = replace(config, model=replace(config.model, vocab_size=ids))
     origin = {"preset": arguments.preset, "data": tokens.noted}
     return _checked(config, tokens, folder, origin, lines + tokens.notes, "")
@@ -301,8 +302,8 @@ def warmup_note(config: TrainConfig) -> list[str]:
     if warmup < steps:
         return []
     return [
-        f"{'warm-up':10} {warmup:,} steps, and the run has {steps:,}: the learning rate never comes "
-        f"down from {config.optimizer.lr:g}; a shorter one: --warmup-steps {steps // 10}"
+        f"{'warm-up':10} {warmup:,} steps, and the run has {steps:,}: the learning rate never "
+        f"comes down from {config.optimizer.lr:g}; a shorter one: --warmup-steps {steps // 10}"
     ]
 
 # %% ../../nbs/7_using/02_train.ipynb #0c399641

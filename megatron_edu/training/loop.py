@@ -88,7 +88,8 @@ class Run:
         finite: no run can go on from them.
         """
         spoiled = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
-        if _any_rank(bool(spoiled), self.data.device):
+        world = dist.group.WORLD if dist.is_initialized() else None
+        if all_reduce(torch.tensor(len(spoiled), device=self.data.device), world):
             raise FloatingPointError(
                 f"step {self.step}: {spoiled[0] if spoiled else 'a weight of another rank'} is no "
                 f"longer finite, and is not saved; the last checkpoint is "
