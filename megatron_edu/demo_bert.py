@@ -19,6 +19,7 @@ from .data.token_file import TokenFile
 from .data.wordpiece import WordPiece
 from megatron_edu.demo import (
     Row,
+    Say,
     compare_on_ranks,
     demo_plan,
     stages,
@@ -152,12 +153,15 @@ def progress(run: Path) -> list[str]:
     return said
 
 
-def demo_bert(config: DemoConfig = BERT_DEMO) -> list[Row]:
+def demo_bert(
+    config: DemoConfig = BERT_DEMO,
+    say: Say | None = None,     # None: `stages()`
+) -> list[Row]:
     """Corpus, WordPiece, training, hidden words; then 1, 2 and 4 ranks against the reference.
 
     Raises `AssertionError` if one of them differs.
     """
-    say, plan, out = stages(), demo_plan(config), config.out
+    say, plan, out = say or stages(), demo_plan(config), config.out
     tokens, tokenizer = train_on_corpus(config, plan, say)
     for line in progress(out):
         say(line)

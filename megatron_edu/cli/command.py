@@ -40,6 +40,7 @@ def _run(name: str, words: list[str]) -> None:
     "Do what a verb is told."
     verb = find_verb(name)
     check_words(words)
-    status = import_module(f"megatron_edu.cli.{verb.module}").run(parse(name, words))
+    asked = parse(name, words)      # before the verb's module, which imports PyTorch
+    status = import_module(f"megatron_edu.cli.{verb.module}").run(asked)
     if status:
         sys.exit(status)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_divides', 'checked_size', 'Shard', 'Placement', 'placements', 'shard_rules', 'shard_state_dict',
-           'gather_state_dict', 'gather_tensors']
+           'shard_tensors', 'gather_state_dict', 'gather_tensors']
 
 # %% ../../nbs/3_layers/01_shard.ipynb #3419ac61
 from dataclasses import dataclass
@@ -132,9 +132,21 @@ def shard_state_dict(
             f"the state does not fit the model: missing {missing}, surplus {surplus}; "
             "build the model with the configuration of the state"
         )
-    local = {}
+    return shard_tensors(full_state, model)
+
+
+def shard_tensors(
+    tensors: dict[str, torch.Tensor],   # full, by parameter name: some values, moments, ...
+    model: nn.Module,
+) -> dict[str, torch.Tensor]:           # this rank's slices, which may be views of them
+    "Cut tensors like the model's parameters. `ValueError` for another name or shape."
+    where, local = placements(model), {}
+    for name in sorted(tensors.keys() - where.keys()):
+        raise ValueError(f"the model has no parameter {name}; use tensors of the same model")
     for name, parameter in model.named_parameters():
-        full, place = full_state[name], where[name]
+        if name not in tensors:
+            continue
+        full, place = tensors[name], where[name]
         needed = _full_shape(parameter, place)
         if full.shape != needed:
             raise ValueError(
