@@ -26,17 +26,21 @@ def usage() -> str:
 def main(args: list[str] | None = None) -> None:
     "The command `megatron-edu`. Ends with `SystemExit` and a status where not all went well."
     args = list(sys.argv[1:] if args is None else args)
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(usage())
-        return
-    if args[0] == "--version":
-        print(f"megatron-edu {megatron_edu.__version__}")
-        return
-    name, words = args[0], args[1:]
+    name, words = (args[0], args[1:]) if args else ("--help", [])
     with net(ascii(name)[1:-1]):
-        verb = find_verb(name)
-        check_words(words)
-        asked = parse(name, words)
-        status = import_module(f"megatron_edu.cli.{verb.module}").run(asked)
-        if status:
-            sys.exit(status)
+        if name in ("-h", "--help", "help"):
+            print(usage())
+        elif name == "--version":
+            print(f"megatron-edu {megatron_edu.__version__}")
+        else:
+            _run(name, words)
+
+
+def _run(name: str, words: list[str]) -> None:
+    "Do what a verb is told."
+    verb = find_verb(name)
+    check_words(words)
+    asked = parse(name, words)      # before the verb's module, which imports PyTorch
+    status = import_module(f"megatron_edu.cli.{verb.module}").run(asked)
+    if status:
+        sys.exit(status)
