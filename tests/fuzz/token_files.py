@@ -160,7 +160,7 @@ def no_document_at_all(folder, chance):
     tokens(folder).write_bytes(b"")
 
 
-@damage(KIND, LINE, refused("mode"))
+@damage(KIND, LINE, Accepted("train"))
 def sequence_modes(folder, chance):
     index(folder).write_bytes(index(folder).read_bytes() + bytes(COUNT))
 

@@ -136,7 +136,7 @@ def result(folder: Path, words: tuple[str, ...], printed: str) -> object:
     verb = words[0]
     if verb == "generate":
         return printed
-    out = folder / value(words, "--to" if verb == "convert" else "--out")
+    out = Path(os.path.normpath(folder / value(words, "--to" if verb == "convert" else "--out")))
     if verb == "prepare":
         return [hashlib.sha1((out / f"tokens.{e}").read_bytes()).hexdigest() for e in ("bin", "idx")]
     if verb == "train":
@@ -162,7 +162,10 @@ def judge(case: Case, folder: Path, status: int, before: dict, clean: dict) -> s
             return f"not accepted{report}"
         if not re.search(case.expected.saying, said + printed):
             return f"accepted without {case.expected.saying!r}{report}"
-        found = result(folder, case.line, printed)
+        try:
+            found = result(folder, case.line, printed)
+        except (OSError, ValueError) as error:
+            return f"accepted, but without a result ({error}){report}"
         wanted = clean[case.expected.like]
         return "" if found == wanted else f"accepted, but {found} is not {wanted}{report}"
     if status != 2:
