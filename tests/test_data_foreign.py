@@ -250,9 +250,11 @@ def test_half_a_pair_names_the_other_half(pair):
 
 
 def test_of_several_pairs_the_usual_one_is_read_or_a_name_asked_for(pair, bpe):
-    for name in ("vocab.json", "merges.txt"):
-        (pair / f"my-{name}").write_bytes((pair / f"gpt2-{name}").read_bytes())
+    train_tokenizer(["other"], 258).core.model.save(str(pair), "a")
     assert load_tokenizer(pair).vocab_size == bpe.vocab_size
+    for name in ("vocab.json", "merges.txt"):
+        (pair / f"a-{name}").unlink()
+        (pair / f"my-{name}").write_bytes((pair / f"gpt2-{name}").read_bytes())
     for name in ("vocab.json", "merges.txt"):
         (pair / f"gpt2-{name}").rename(pair / f"your-{name}")
     with pytest.raises(ValueError, match=r"several tokenizers; name .*my-vocab.json, your-vocab"):
