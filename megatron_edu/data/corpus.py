@@ -137,7 +137,8 @@ def json_texts(
             ) from None
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            fields = sorted(record)[:SHOWN] if isinstance(record, dict) else type(record).__name__
+            names = [name[:40] for name in sorted(record)[:SHOWN]] if isinstance(record, dict) else []
+            fields = names or type(record).__name__
             raise ValueError(
                 f"{where}: no string in field {text_field!r} (found: {fields}); each line must "
                 "carry the text there; name the right field with text_field="
