@@ -305,10 +305,19 @@ def test_a_document_of_more_tokens_than_the_format_counts(tmp_path, monkeypatch)
 def test_an_interrupted_write_leaves_what_was_there(small, failure):
     before = files_in(small.parent)
     with pytest.raises(failure):
-        with TokenFileWriter(small, 100) as writer:
+        with TokenFileWriter(small.with_name("other"), 100) as writer:
             writer.append([9] * 1_000_000)
             writer.end_document()
             raise failure
+    assert files_in(small.parent) == before
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])      # of the half that is gone
+def test_a_name_that_is_taken_is_refused_before_a_document_is_read(small, ending):
+    small.with_name(f"small.{ending}").unlink()
+    before, read = files_in(small.parent), (pytest.fail("read") for _ in range(1))
+    with pytest.raises(ValueError, match="is a file already, and nothing is written over"):
+        tokenize_to_file(read, train_tokenizer(["text"], 260), small)
     assert files_in(small.parent) == before
 
 
@@ -316,7 +325,7 @@ def test_a_killed_writer_leaves_nothing_under_the_final_names(tmp_path):
     program = (
         "import sys, time; from megatron_edu.data.token_writer import TokenFileWriter\n"
         "with TokenFileWriter(sys.argv[1], 100) as writer:\n"
-        "    writer.append([7] * 3_000_000); print('written', flush=True); time.sleep(60)\n"
+        "    writer.append([7] * 3_000_000); print('written', flush=True); time.sleep(10**5)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "x")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -324,35 +333,41 @@ def test_a_killed_writer_leaves_nothing_under_the_final_names(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     names = sorted(files_in(tmp_path))
-    assert len(names) == 1 and re.fullmatch(r"x\.bin\.[0-9a-f]{8}\.partial", names[0])
+    assert len(names) == 1 and re.fullmatch(r"\.x\.bin\.[0-9a-f]{8}\.partial", names[0])
 
 
-def test_a_full_disk_leaves_the_old_file_whole(small):
+def test_a_full_disk_leaves_what_was_there(small):
     before = files_in(small.parent)
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from megatron_edu.data.token_writer import TokenFileWriter\n"
         "with TokenFileWriter(sys.argv[1], 100) as writer: writer.append([7] * 3_000_000)\n"
     )
-    command = [sys.executable, "-c", program, str(small)]
+    command = [sys.executable, "-c", program, str(small.with_name("other"))]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "OSError" in result.stderr
     assert files_in(small.parent) == before
 
 
-def test_tokens_never_meet_the_index_of_others(small, monkeypatch):
-    replace = type(small).replace
+@pytest.mark.parametrize("stops", [False, True])
+def test_no_index_is_ever_there_without_its_tokens(tmp_path, monkeypatch, stops):
+    replace, moments = type(tmp_path).replace, []
 
-    def stopped(self, target):
-        if self.name.startswith("small.idx"):
+    def watched(self, target):
+        if stops and ".idx." in self.name:
             raise OSError("stopped between the two renames")
-        return replace(self, target)
+        replace(self, target)
+        moments.append(sorted(path.name for path in tmp_path.glob("x.*")))
 
-    monkeypatch.setattr(type(small), "replace", stopped)
-    with pytest.raises(OSError, match="between"):
-        write(small, [[7, 8, 9], [9], [9, 9]], 100)
-    with pytest.raises(ValueError, match="no such file"):
-        TokenFile(small)
+    monkeypatch.setattr(type(tmp_path), "replace", watched)
+    if stops:
+        with pytest.raises(OSError, match="between"):
+            write(tmp_path / "x", [[7, 8, 9]], 100)
+        assert files_in(tmp_path) == {}
+    else:
+        write(tmp_path / "x", [[7, 8, 9]], 100)
+        assert moments[1] == ["x.bin", "x.idx"]
+    assert moments[0] == ["x.bin"]
 
 
 def test_reads_stay_inside_the_file(small):
@@ -409,4 +424,4 @@ def test_no_documents_are_refused_and_leave_nothing(tmp_path):
     tokenizer = train_tokenizer(["text"], 260)
     with pytest.raises(ValueError, match="no documents to write"):
         tokenize_to_file([], tokenizer, tmp_path / "deep" / "x")
-    assert files_in(tmp_path / "deep") == {}
+    assert files_in(tmp_path) == {}

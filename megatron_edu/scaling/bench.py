@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'WIDE', 'OURS', 'SPLIT', 'PLAIN', 'THEIRS', 'THEIRS_FAST', 'DTENSOR', 'CASES', 'Case', 'Result', 'quartiles',
-           'measure', 'report', 'machine', 'BenchConfig', 'bench']
+           'measure', 'report', 'machine', 'bench']
 
 # %% ../../nbs/8_scaling/02_bench.ipynb #a65c9729
 import importlib.util
@@ -29,6 +29,7 @@ from megatron_edu.scaling.contenders import (
     run,
     set_up,
 )
+from ..settings import BenchConfig
 
 # %% ../../nbs/8_scaling/02_bench.ipynb #85d8c652
 SMALL = GPT2Config(6, 384, 6, vocab_size=8192, max_seq_len=256, dropout=0.0)
@@ -204,33 +205,17 @@ def machine() -> str:
     )
 
 # %% ../../nbs/8_scaling/02_bench.ipynb #6c782087
-@dataclass(frozen=True)
-class BenchConfig:
-    "Which cases `megatron-edu bench` measures, and how long."
-
-    cases: tuple[str, ...] = tuple(CASES)   # names of cases
-    rounds: int = 8                         # interleaved rounds
-    seconds: float = 2.0                    # that a contender runs in a round, at least one step
-    out: Path | None = None                 # folder for results.md and results.json; None: print
-
-    def __post_init__(self):
-        unknown = set(self.cases) - set(CASES)
-        if unknown:
-            raise ValueError(f"cases {sorted(unknown)} are unknown; there are {', '.join(CASES)}")
-        theirs = [name for name in self.cases if THEIRS in CASES[name].contenders]
-        if theirs and importlib.util.find_spec("transformers") is None:
-            raise ValueError(
-                f"cases {theirs} measure transformers as well, which is not installed: "
-                "pip install transformers, or name other cases"
-            )
-        if self.rounds < 2 or self.seconds <= 0:
-            raise ValueError(
-                f"rounds={self.rounds}, seconds={self.seconds}: 2 rounds or more, more than 0 s"
-            )
-
-# %% ../../nbs/8_scaling/02_bench.ipynb #7608b675
 def bench(config: BenchConfig) -> list[Result]:
-    "Measure, print, and write the tables and every round's numbers."
+    """Measure, print, and write the tables and every round's numbers.
+
+    Raises `ValueError` where a case measures a library that is not installed.
+    """
+    theirs = [name for name in config.cases if THEIRS in CASES[name].contenders]
+    if theirs and importlib.util.find_spec("transformers") is None:
+        raise ValueError(
+            f"cases {theirs} measure transformers as well, which is not installed: "
+            "pip install transformers, or name other cases"
+        )
     results, pages = [], [machine() + "\n"]
     print(pages[0], flush=True)
     for name in config.cases:

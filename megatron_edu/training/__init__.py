@@ -6,8 +6,7 @@
 __all__ = ['OptimizerConfig', 'RunConfig', 'TrainConfig', 'recipe', 'train']
 
 # %% ../../nbs/6_training/00_training.ipynb #93301f01
+from ..settings import OptimizerConfig, RunConfig, TrainConfig, recipe
 from .loop import train
-from .optimizer import OptimizerConfig
-from .run import RunConfig, TrainConfig, recipe
 
 _all_ = ["OptimizerConfig", "RunConfig", "TrainConfig", "recipe", "train"]
