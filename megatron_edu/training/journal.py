@@ -165,12 +165,13 @@ def _validation(step: int, numbers: dict) -> str:
 class Journal:
     "Metrics as JSON lines, a bar on a terminal, plain lines elsewhere. Silent but on one rank."
 
-    def __init__(self, config: TrainConfig, first: int, active: bool):
+    def __init__(self, config: TrainConfig, first: int, active: bool, quiet: bool = False):
         self.run, self.tokens = config.run, config.run.batch_size * config.model.max_seq_len
         self.active, self.first, self.begun, self.bar = active, first, time.perf_counter(), None
-        for text in _keep_lines(self.run.out, first) if active else []:
-            self.say(text)
-        if active and sys.stderr.isatty():
+        self.quiet = quiet      # write, and say nothing
+        for note in _keep_lines(self.run.out, first) if active else []:
+            self.say(note)
+        if active and not quiet and sys.stderr.isatty():
             self.bar = tqdm(total=self.run.steps, initial=first, unit="step", dynamic_ncols=True)
 
     def write(self, step: int, seconds: float, **numbers: float) -> None:
@@ -197,7 +198,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         "A line that does not break the bar."
-        if self.active:
+        if self.active and not self.quiet:
             tqdm.write(text) if self.bar is not None else print(text, flush=True)
 
     def close(self) -> None:

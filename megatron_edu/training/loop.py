@@ -219,6 +219,7 @@ def train(
     init_from: Path | None = None,      # a run, a checkpoint, or a folder of transformers
     origin: dict | None = None,         # what else a new run notes of itself: preset, text
     owner: Owner | None = None,         # of the folder; None: the first rank owns it meanwhile
+    quiet: bool = False,                # write metrics, and say nothing
 ) -> Trunk:                             # this rank's part of the trained model
     """Train a model from its first step, or go on: see `resume` of the configuration.
 
@@ -243,7 +244,7 @@ def train(
         start = checkpoint, tokenizer, source, made.record
         run = begin_run(config, token_file, groups, device, *start)
         run.owner = owner
-        journal = Journal(config, run.step, active=groups.tp_rank == groups.dp_rank == 0)
+        journal = Journal(config, run.step, groups.tp_rank == groups.dp_rank == 0, quiet)
         try:
             for note in made.notes:
                 journal.say(note)
