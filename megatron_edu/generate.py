@@ -104,7 +104,8 @@ def check_request(
     banned: torch.Tensor | None,
 ) -> None:
     "Raise `TypeError` or `ValueError` for what `generate` cannot do."
-    if not isinstance(getattr(model, "config", None), ModelConfig):
+    fits = isinstance(getattr(model, "config", None), ModelConfig)
+    if not fits or not hasattr(model, "hidden_states"):
         raise TypeError(f"a {type(model).__name__} writes no text; pass a GPT2 of megatron_edu.models")
     check_next_token(model.config)
     check_table(input_ids)

@@ -736,7 +736,7 @@ def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == f"{len(file)} documents, {file.num_tokens:,} tokens in {out}\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "tokenizer.json", "tokens.bin", "tokens.idx"
+        "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"
     ]
     assert load_tokenizer(tmp_path / "out").core.get_vocab() == (
         load_tokenizer(given).core.get_vocab()

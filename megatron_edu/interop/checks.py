@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['CONFIG', 'WEIGHTS', 'INDEX', 'LARGEST_JSON', 'LARGEST_SIZE', 'SAVED', 'PICKLED', 'SAFE', 'FLOATS', 'warn',
            'read_json', 'read_fields', 'check_fields', 'check_size', 'number_field', 'one_dropout', 'check_memory',
-           'Stored', 'unreadable', 'weight_files', 'list_tensors', 'Layout', 'check_layers', 'by_name', 'check_stored',
-           'read_stored', 'finite', 'weight_shape']
+           'Stored', 'unreadable', 'weight_files', 'list_tensors', 'Layout', 'check_layers', 'by_name', 'check_surplus',
+           'check_stored', 'read_stored', 'finite', 'weight_shape']
 
 # %% ../../nbs/7_using/03_huggingface_checks.ipynb #b1942caa
 import json
 import re
 import reprlib
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +197,7 @@ def weight_files(
     folder: Path,
 ) -> dict[Path, set[str]]:      # the tensors that an index names in each; none without an index
     "The safetensors files of a folder. `ValueError` where there are none."
-    if (folder / WEIGHTS).is_file():
+    if (folder / WEIGHTS).is_file():        # of both, transformers takes this one, too
         return {folder / WEIGHTS: set()}
     if not (folder / INDEX).is_file():
         pickled = sorted(path.name for kind in PICKLED for path in folder.glob(kind))
@@ -205,12 +205,12 @@ def weight_files(
     where = read_json(folder / INDEX).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise unreadable(folder, f"{INDEX} has no weight_map from tensors to files")
-    files = {}
+    files, beside = {}, {path.name for path in folder.iterdir()}
     for name, file in where.items():
         if not isinstance(file, str) or Path(file).name != file or "\\" in file:
-            raise unreadable(folder, f"{INDEX} names {reprlib.repr(file)}, which is no file beside it")
-        if not (folder / file).is_file():
-            raise unreadable(folder, f"{INDEX} names {file}, which is not there")
+            raise unreadable(folder, f"{INDEX} names {reprlib.repr(file)}, which is not beside it")
+        if file not in beside or not (folder / file).is_file():
+            raise unreadable(folder, f"{INDEX} names {reprlib.repr(file)}, which is not there")
         files.setdefault(folder / file, set()).add(name)
     return files
 
@@ -277,32 +277,37 @@ def check_layers(
 
 # %% ../../nbs/7_using/03_huggingface_checks.ipynb #4510ae6e
 def by_name(
-    folder: str | Path,
     layout: Layout,
     stored: list[Stored],
+) -> dict[str, list[Stored]]:   # more than one where a tensor is there twice
+    "The tensors of a folder by their present names."
+    found = {}
+    for each in stored:
+        found.setdefault(layout.plain(each.name), []).append(each)
+    return found
+
+
+def check_surplus(
+    folder: str | Path,
+    layout: Layout,
+    found: dict[str, list[Stored]],
     known: Collection[str],         # every name that a model of this kind has
     group: dist.ProcessGroup | None = None,
-) -> dict[str, list[Stored]]:       # by present name; more than one where a tensor is there twice
-    """The tensors that a model has here.
-
-    Raises `ValueError` for others within its layers; warns of those of other heads.
-    """
-    found, heads = {}, []
-    for each in stored:
-        name = layout.plain(each.name)
-        if name in known:
-            found.setdefault(name, []).append(each)
-        elif name.startswith(layout.own) and not re.fullmatch(layout.buffers, name):
+) -> None:
+    "Raise `ValueError` for a tensor within the layers that a model here lacks; warn of heads."
+    heads = []
+    for name, (first, *_) in found.items():
+        if name in known or re.fullmatch(layout.buffers, name):
+            continue
+        if name.startswith(layout.own):
             raise ValueError(
-                f"{folder}: a model here has no {each.name}, and would compute something else "
+                f"{folder}: a model here has no {first.name}, and would compute something else "
                 "without it; use a plain model of this type"
             )
-        elif not re.fullmatch(layout.buffers, name):
-            heads.append(each.name)
+        heads.append(first.name)
     if heads:
         text = "have no place here and are left out"
-        warn(group, f"{folder}: {len(heads)} of {len(stored)} tensors {text}, {heads[0]} first")
-    return found
+        warn(group, f"{folder}: {len(heads)} of {len(found)} tensors {text}, {heads[0]} first")
 
 # %% ../../nbs/7_using/03_huggingface_checks.ipynb #ebe9ffd8
 FLOATS = ("F64", "F32", "F16", "BF16")
