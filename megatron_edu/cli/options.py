@@ -8,7 +8,7 @@ __all__ = ['SMALL', 'VERBS', 'TrainArguments', 'kind_of', 'preset_arguments', 'g
            'BreakArguments', 'demo_defaults', 'generate_defaults', 'Verb']
 
 # %% ../../nbs/7_using/06_cli_options.ipynb #30482a7f
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -41,7 +41,7 @@ class TrainArguments:
     """
 
     data: tuple[Path, ...]          # .txt and .jsonl files, folders of them, or one token file
-    config: TrainConfig
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     model: Literal["gpt2", "bert"] = "gpt2"     # kind of model; a preset implies its own
     preset: str = "laptop"          # model and recipe to start from: tiny, laptop, bert-laptop, ...
     tokenizer: Path | None = None   # file or folder: tokenizer.json, vocab.txt; None: train one
@@ -92,8 +92,15 @@ def choose_preset(args: list[str]) -> str:
 
 
 def train_defaults(args: list[str]) -> TrainArguments:
-    "Defaults of `train`, by the preset or the model that a command line names."
-    return preset_arguments(choose_preset(args))
+    """Defaults of `train`, by the preset or the model that a command line names.
+
+    The warm-up of a small preset is a tenth of the run, also of one whose --steps are given.
+    """
+    defaults, steps = preset_arguments(choose_preset(args)), given(args, "--steps") or ""
+    if defaults.preset in SMALL and steps.isdecimal():
+        rates = replace(defaults.config.optimizer, warmup_steps=int(steps) // 10)
+        return replace(defaults, config=replace(defaults.config, optimizer=rates))
+    return defaults
 
 # %% ../../nbs/7_using/06_cli_options.ipynb #2b7b242c
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ class BreakArguments:
     Example: megatron-edu break no_f
     """
 
-    name: tyro.conf.Positional[str | None] = None   # of a mistake; without it all are listed
+    name: tyro.conf.Positional[str | None] = None   # of a mistake; without a name all are listed
 
 
 def demo_defaults(args: list[str]) -> DemoConfig:
