@@ -140,12 +140,14 @@ def shard_tensors(
     model: nn.Module,
 ) -> dict[str, torch.Tensor]:           # this rank's slices, which may be views of them
     "Cut tensors like the model's parameters. `ValueError` for another name or shape."
-    where, parameters, local = placements(model), dict(model.named_parameters()), {}
+    where, local = placements(model), {}
     for name in sorted(tensors.keys() - where.keys()):
         raise ValueError(f"the model has no parameter {name}; use tensors of the same model")
-    for name, full in tensors.items():
-        place = where[name]
-        needed = _full_shape(parameters[name], place)
+    for name, parameter in model.named_parameters():
+        if name not in tensors:
+            continue
+        full, place = tensors[name], where[name]
+        needed = _full_shape(parameter, place)
         if full.shape != needed:
             raise ValueError(
                 f"{name} has shape {tuple(full.shape)} in the state, but the model needs {needed}; "

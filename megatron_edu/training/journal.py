@@ -169,8 +169,8 @@ class Journal:
         self.run, self.tokens = config.run, config.run.batch_size * config.model.max_seq_len
         self.active, self.first, self.begun, self.bar = active, first, time.perf_counter(), None
         self.quiet = quiet      # write, and say nothing
-        for told in _keep_lines(self.run.out, first) if active else []:
-            self.say(told)
+        for text in _keep_lines(self.run.out, first) if active else []:
+            self.say(text)
         if active and not quiet and sys.stderr.isatty():
             self.bar = tqdm(total=self.run.steps, initial=first, unit="step", dynamic_ncols=True)
 

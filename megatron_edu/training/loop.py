@@ -84,7 +84,20 @@ class Run:
         return {"lr": lr, **numbers}
 
     def save(self) -> Path:
-        "Write the checkpoint of the steps done."
+        """Write the checkpoint of the steps done.
+
+        Raises `FloatingPointError` on every rank, and writes nothing, for weights that are not
+        finite: no run can go on from them.
+        """
+        spoiled = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        world = dist.group.WORLD if dist.is_initialized() else None
+        if all_reduce(torch.tensor(len(spoiled), device=self.data.device), world):
+            raise FloatingPointError(
+                f"step {self.step}: {spoiled[0] if spoiled else 'a weight of another rank'} is no "
+                f"longer finite, and is not saved; the last checkpoint is "
+                f"{latest_checkpoint(self.config.run.out) or 'none'}; lower the learning rate or "
+                "lengthen the warm-up, and resume"
+            )
         return save_checkpoint(
             self.config.run.out, self.step, self.model, self.optimizer,
             state=self.sampler.state_dict(), config={**self.record, **plain(self.config)},
