@@ -18,7 +18,7 @@ LIGHT = """
 import contextlib, io, json, sys
 import megatron_edu
 from megatron_edu import cli
-heavy = {"torch", "numpy", "tokenizers", "transformers", "matplotlib", "safetensors"}
+heavy = {"torch", "numpy", "tokenizers", "transformers", "matplotlib"}
 found = {"import": sorted(heavy & set(sys.modules))}
 for words in json.loads(sys.argv[1]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
