@@ -165,7 +165,7 @@ class DemoConfig:
     """
 
     out: Path = Path("runs/demo")           # folder of the run
-    steps: int = STEPS["gpt2"]              # training steps
+    steps: int = 500                        # training steps
     tp: int = 2                             # tensor-parallel ranks that train
     seed: int = 1                           # of weights, samples and text
     model: Literal["gpt2", "bert"] = "gpt2" # model to train
