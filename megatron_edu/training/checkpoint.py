@@ -8,8 +8,6 @@ __all__ = ['write_folder', 'save_checkpoint', 'load_weights', 'load_model', 'loa
 
 # %% ../../nbs/6_training/04_checkpoint.ipynb #6599df81
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,9 +18,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..comm import broadcast
+from ..files import MARK, check_folder, check_space, mark_folder, written_folder
 from ..mesh import ParallelDims, ParallelGroups
 from ..models import build_model
 from ..models.gpt2 import Trunk
+from ..owner import Owner
 from megatron_edu.resume import (
     ARCHITECTURES,
     CONFIG,
@@ -47,43 +47,35 @@ def _write_files(
     tensors: dict[str, dict[str, torch.Tensor]],
     documents: dict[str, dict],
 ) -> None:
-    "Make the folder and its files, and wait until the disk has them."
-    folder.mkdir(parents=True)
+    "The files of a folder."
     for name, content in documents.items():
         (folder / name).write_text(json.dumps(content, indent=1, default=str) + "\n")
     for name, content in tensors.items():
         whole = {key: tensor.contiguous().cpu() for key, tensor in content.items()}
         save_file(whole, folder / name, metadata={"format": "pt"})
-    for path in folder.iterdir():
-        with path.open("rb+") as stream:
-            os.fsync(stream.fileno())
 
 # %% ../../nbs/6_training/04_checkpoint.ipynb #22ae3560
 def write_folder(
     folder: Path,
     tensors: dict[str, dict[str, torch.Tensor]],    # by name of a safetensors file
     documents: dict[str, dict],                     # by name of a JSON file
+    kind: str = "checkpoint",                       # or another of `files.KINDS`
 ) -> None:
     """Write aside, then rename: `folder` is there whole or not at all.
 
-    Raises `OSError` if it cannot be written.
+    A checkpoint of ours that was not changed since is replaced. Raises `ValueError` if something
+    else stands there, `OSError` if the folder cannot be written.
     """
-    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
+    need = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
     try:
-        _write_files(partial, tensors, documents)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.replace(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        check_space(folder, need)
+        with written_folder(folder, kind, overwrite=kind == "checkpoint") as partial:
+            _write_files(partial, tensors, documents)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
-            f"{folder} could not be saved ({error}); earlier checkpoints are untouched; "
-            f"free some space or choose another folder, then resume"
+            f"{folder} could not be saved ({error}); what was there before is untouched; free some "
+            "space or choose another folder"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../../nbs/6_training/04_checkpoint.ipynb #b63618d0
 def _moments(
@@ -119,11 +111,13 @@ def save_checkpoint(
     state: dict | None = None,                      # what else to go on with: samples consumed, ...
     config: dict | None = None,                     # the run's configuration, beside the model's
     groups: ParallelGroups | None = None,           # None: one device
+    owner: Owner | None = None,                     # asked whether the folder is still the run's
 ) -> Path:                                          # the checkpoint's folder
     """Save weights, moments, state and configuration in full layout. All ranks call it.
 
     The first rank writes. Raises `OSError` with its reason on every rank if the disk is full or
-    not writable; earlier checkpoints stay whole.
+    not writable, if the folder is not a run's, or if another run has taken it; earlier checkpoints
+    stay whole.
     """
     groups = groups or ParallelGroups(ParallelDims())
     folder, failure = checkpoint_folder(run, step), ""
@@ -135,9 +129,13 @@ def save_checkpoint(
             kind = next(n for n, cls in ARCHITECTURES.items() if cls is type(model.config))
             described = {"architecture": kind, **(config or {}), "model": asdict(model.config)}
             try:
+                if owner is not None:
+                    owner.still_mine()
+                check_folder(run, "run")
                 documents = {CONFIG: described, STATE: {"step": step, **(state or {})}}
                 write_folder(folder, tensors, documents)
-            except OSError as error:
+                mark_folder(folder.parent, "run", f"{folder.name}/{MARK}")
+            except (OSError, ValueError) as error:
                 failure = str(error)
     failure = _from_writer(failure, next(model.parameters()).device)
     if failure:

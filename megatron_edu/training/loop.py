@@ -23,6 +23,7 @@ from ..data.wordpiece import WordPiece
 from ..mesh import ParallelGroups
 from ..models import build_model
 from ..models.gpt2 import Trunk
+from ..owner import Owner, own_run
 from megatron_edu.resume import (
     Decision,
     checkpoint_folder,
@@ -62,6 +63,7 @@ class Run:
     batches: Iterator[Batch]
     step: int                                       # steps done
     record: dict = field(default_factory=dict)      # what config.json says beside `config`
+    owner: Owner | None = None                      # of the folder; known to the rank that saves
 
     def advance(self) -> dict[str, float]:          # lr, and what `train_step` gives
         "Do one step. Raises `FloatingPointError` with its number if loss or norm are not finite."
@@ -99,7 +101,7 @@ class Run:
         return save_checkpoint(
             self.config.run.out, self.step, self.model, self.optimizer,
             state=self.sampler.state_dict(), config={**self.record, **plain(self.config)},
-            groups=self.data.groups,
+            groups=self.data.groups, owner=self.owner,
         )
 
 # %% ../../nbs/6_training/09_loop.ipynb #d41e9828
@@ -229,6 +231,8 @@ def train(
     tokenizer: WordPiece | None = None, # that wrote the file; a BERT needs it
     init_from: Path | None = None,      # a run, a checkpoint, or a folder of transformers
     origin: dict | None = None,         # what else a new run notes of itself: preset, text
+    owner: Owner | None = None,         # of the folder; None: the first rank owns it meanwhile
+    quiet: bool = False,                # write metrics, and say nothing
 ) -> Trunk:                             # this rank's part of the trained model
     """Train a model from its first step, or go on: see `resume` of the configuration.
 
@@ -239,22 +243,29 @@ def train(
     checkpoints that are all damaged, and for a run that is to go on as another one.
     """
     out, device = config.run.out, torch.device(device)
-    told, made = _first_rank_decides(
-        lambda: _decision(config, token_file, init_from, origin), device
-    )
-    what, _, where = told.partition(" ")
-    checkpoint = checkpoint_folder(out, int(where)) if what == "step" else None
-    source = find_source(where) if what == "begin" and where else None
-    run = begin_run(config, token_file, groups, device, checkpoint, tokenizer, source, made.record)
-    journal = Journal(config, run.step, active=groups.tp_rank == groups.dp_rank == 0)
-    try:
-        for note in made.notes:
-            journal.say(note)
-        if checkpoint is not None:
-            journal.say(f"going on from {checkpoint}")
-        _steps(run, journal)
-    finally:
-        journal.close()
-    if journal.active:
-        plot_metrics(out)
+    with contextlib.ExitStack() as stack:
+
+        def decision() -> tuple[str, Decision]:
+            nonlocal owner
+            owner = owner or stack.enter_context(own_run(out))
+            return _decision(config, token_file, init_from, origin)
+
+        told, made = _first_rank_decides(decision, device)
+        what, _, where = told.partition(" ")
+        checkpoint = checkpoint_folder(out, int(where)) if what == "step" else None
+        source = find_source(where) if what == "begin" and where else None
+        start = checkpoint, tokenizer, source, made.record
+        run = begin_run(config, token_file, groups, device, *start)
+        run.owner = owner
+        journal = Journal(config, run.step, groups.tp_rank == groups.dp_rank == 0, quiet)
+        try:
+            for note in made.notes:
+                journal.say(note)
+            if checkpoint is not None:
+                journal.say(f"going on from {checkpoint}")
+            _steps(run, journal)
+        finally:
+            journal.close()
+        if journal.active:
+            plot_metrics(out)
     return run.model
