@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'PATIENCE', 'find_tokenizer', 'check_vocabulary', 'weights_tokenizer', 'Tokens', 'find_tokens', 'own_tokens',
-           'tokens_of_text', 'Plan', 'make_plan', 'shared_plan', 'plan_as_json', 'plan_from', 'train_on_rank', 'run']
+           'check_ids_are', 'tokens_of_text', 'Plan', 'make_plan', 'shared_plan', 'plan_as_json', 'plan_from',
+           'train_on_rank', 'run']
 
 # %% ../../nbs/7_using/02_train.ipynb #19a839d5
 import json
@@ -22,6 +23,7 @@ from megatron_edu.cli.checks import (
     check_plan,
     check_tokens,
     check_unused,
+    ids_checksum,
     run_tokenizer,
     same_ids,
 )
@@ -184,12 +186,27 @@ def own_tokens(
     path, notes = find_tokenizer(arguments, prefix, own, str(out)), []
     if path is not None:
         check_vocabulary(arguments, path, checkpoint.model)
+        check_ids_are(noted, path, checkpoint)
     if prefix is None:
         prefix, notes = tokens_of_text(arguments, checkpoint)
     file = TokenFile(prefix)
     if noted is not None:
         check_tokens_are(noted, prefix, file.num_tokens, checkpoint.folder)
     return Tokens(file, path, {}, notes)
+
+
+def check_ids_are(
+    noted: dict | None,     # of the checkpoint
+    path: Path,             # of a tokenizer
+    checkpoint: Checkpoint,
+) -> None:
+    "Raise `ValueError` if a tokenizer is not the one that a run began with."
+    known = (noted or {}).get("ids")
+    if known and ids_checksum(read_tokenizer(path, kind_of(checkpoint.model))) != known:
+        raise ValueError(
+            f"{path}: not the tokenizer that {checkpoint.folder} was trained with: to it the same "
+            "ids are other tokens; put the run's own in its place"
+        )
 
 
 def tokens_of_text(
@@ -267,10 +284,13 @@ def _begin(arguments: TrainArguments, lines: list[str]) -> Plan:
         check_sizes(config.model, source)
         own, model = weights_tokenizer(folder, source.ours, arguments.tokenizer), source.model
     tokens = find_tokens(arguments, own, f"--init-from {folder}", model)
-    if tokens.tokenizer is not None and model is None:
-        ids = read_tokenizer(tokens.tokenizer, kind_of(config.model)).vocab_size
-        config = replace(config, model=replace(config.model, vocab_size=ids))
-    origin = {"preset": arguments.preset, "data": tokens.noted}
+    noted = tokens.noted
+    if tokens.tokenizer is not None:
+        tokenizer = read_tokenizer(tokens.tokenizer, kind_of(config.model))
+        noted = {**noted, "ids": ids_checksum(tokenizer)}
+        size = tokenizer.vocab_size if model is None else config.model.vocab_size
+        config = replace(config, model=replace(config.model, vocab_size=size))
+    origin = {"preset": arguments.preset, "data": noted}
     return _checked(arguments, config, tokens, folder, origin, lines + tokens.notes, "")
 
 
@@ -286,11 +306,11 @@ def _checked(
     "A plan whose sizes divide and whose text is long enough."
     path = tokens.tokenizer
     tokenizer = None if path is None else read_tokenizer(path, kind_of(config.model))
+    begins = config.run.resume in ("never", "auto")
     check_plan(config)
-    check_tokens(config, tokens.file, tokenizer)
+    check_tokens(config, tokens.file, tokenizer, trained=not begins)
     known = arguments.data, arguments.tokenizer
     lines = [*banner(config, tokens.file, path, *known), *lines]
-    begins = config.run.resume in ("never", "auto")
     return Plan(config, tokens.file.prefix, path, init_from, origin, lines, begins, done)
 
 # %% ../../nbs/7_using/02_train.ipynb #0c399641

@@ -75,16 +75,11 @@ def check_sizes(
             f"--init-from {source.folder}: a {kind_of(source.model)}, and a {kind_of(model)} is to "
             f"be trained; use --model {kind_of(source.model)}"
         )
-    theirs = source.model if source.ours else _padded_as(source.model, model)
+    theirs = replace(source.model, vocab_multiple=model.vocab_multiple)     # the table takes any
     differ = differences(resolved(theirs, theirs), resolved(model, theirs))
     why = refusal("model", differ)
     if why:
         raise ValueError(f"--init-from {source.folder}: a model of other sizes: {why}")
-
-
-def _padded_as(theirs: ModelConfig, model: ModelConfig) -> ModelConfig:
-    "A table of transformers has no padding: it takes any."
-    return replace(theirs, vocab_multiple=model.vocab_multiple)
 
 # %% ../../nbs/6_training/04_initial.ipynb #b4d5e6aa
 PADDED = ("wte.weight", "mlm.bias")     # a row, or a number, for each token
