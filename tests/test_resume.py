@@ -21,6 +21,7 @@ from megatron_edu.config import BertConfig, GPT2Config
 from megatron_edu.data.gpt2 import GPT2Samples
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
+from megatron_edu.files import mark_folder
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
 from megatron_edu.prepare import prepare
@@ -414,6 +415,7 @@ LINES = {
 def test_a_damaged_line_stops_no_run(tmp_path, capsys, kind, place):
     lines = [json.dumps({"step": step, "loss": 1.0}).encode() for step in range(1, 7)]
     raw = [*lines[:place], LINES[kind], *lines[place:]]
+    mark_folder(tmp_path, "run")
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in raw))
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
     Journal(plan(tmp_path), 6, active=True)
@@ -427,6 +429,7 @@ def test_a_damaged_line_stops_no_run(tmp_path, capsys, kind, place):
 def test_of_two_lines_of_a_step_the_later_counts(tmp_path, capsys):
     steps = [1, 2, 3, 2, 3, 9, 4]
     raw = "".join(json.dumps({"step": s, "loss": float(i)}) + "\n" for i, s in enumerate(steps))
+    mark_folder(tmp_path, "run")
     (tmp_path / "metrics.jsonl").write_text(raw + '{"step": 5, "lo')
     found = [(line["step"], line["loss"]) for line in read_metrics(tmp_path)]
     assert found == [(1, 0.0), (2, 3.0), (3, 4.0), (4, 6.0), (9, 5.0)]
