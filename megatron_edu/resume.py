@@ -24,6 +24,7 @@ import safetensors
 
 from .config import BertConfig, GPT2Config, ModelConfig
 from .data.source import describe_file, same_file, with_hashes
+from .files import rename_folder
 from .mesh import ParallelDims
 from .settings import OptimizerConfig, RunConfig, TrainConfig
 
@@ -450,7 +451,7 @@ def set_aside(folders: list[Path]) -> list[str]:    # a line each
         number, aside = 1, folder.with_name(f"{folder.name}.aside")
         while aside.exists():
             number, aside = number + 1, folder.with_name(f"{folder.name}.aside-{number + 1}")
-        folder.rename(aside)
+        rename_folder(folder, aside)
         notes.append(f"{folder.name} is now {aside.name}: its step is done anew")
     return notes
 
