@@ -492,6 +492,11 @@ def saved(model):
     return lambda folder: save_checkpoint(folder, 1, build_model(model))
 
 
+def of_another_library(folder):
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "t5"}')
+
+
 def spoiled(folder):
     save_checkpoint(folder, 1, build_model(TINY))
     DAMAGE["a weight is NaN"][0](folder / "step-00000001")
@@ -502,7 +507,8 @@ def spoiled(folder):
     [
         (lambda f: None, "no such folder; name a run, one of its checkpoints, or a folder that"),
         (lambda f: f.mkdir(), "a folder without a model; name a run"),
-        (lambda f: f.write_text("x"), "no such folder|no folder"),
+        (lambda f: f.write_text("x"), "from: no folder; name a run"),
+        (of_another_library, "'t5'.*'gpt2'"),
         (spoiled, "blocks.1.mlp.up.weight is not finite"),
         (saved(replace(TINY, num_layers=1)), "--num-layers 1"),
         (saved(BertConfig(2, 32, 4, 90, 16)), "a bert, and a gpt2"),
@@ -685,7 +691,9 @@ def test_other_data_is_refused_with_the_remedy(fresh, capsys, kind):
     text = refusal(capsys, f"train --out fresh --resume auto --steps 3 --data {data}")
     assert "--init-from fresh and another --out" in text or "another tokenizer" in text
     assert content(fresh) == kept
-    if kind == "one less":      # the remedy
+    me("train --out fresh --resume auto --steps 3")     # the one remedy
+    assert len(losses("fresh")) == 3
+    if kind == "one less":      # the other
         me("train --preset tiny --data texts --init-from fresh --out new --steps 1 --batch-size 4")
         assert len(losses("new")) == 1
 
@@ -701,6 +709,8 @@ def test_tokens_that_are_gone_may_lie_elsewhere(here, capsys):
     me(f"train {SHORT} --data ready --out new --steps 2")
     shutil.move("ready", "moved")
     text = refusal(capsys, "train --out new --resume auto --steps 3")
+    assert "it is gone; give a copy of it with --data PATH" in text
+    text = refusal(capsys, "train --out new --resume auto --steps 3 --data ready")
     assert "it is gone; give a copy of it with --data PATH" in text
     me("train --out new --resume auto --steps 3 --data moved")
     assert len(losses("new")) == 3
@@ -788,7 +798,7 @@ def test_a_damaged_checkpoint_stops_no_command(fresh, capsys):
 @pytest.mark.parametrize(
     ("options", "warmup"),
     [
-        ("--steps 50", 5), ("--steps=50", 5), ("--steps 3", 0), ("", 40),
+        ("--steps 50", 5), ("--steps=50", 5), ("--steps 9 --steps 60", 6), ("--steps 3", 0), ("", 40),
         ("--steps 50 --warmup-steps 7", 7), ("--preset gpt2-124m --steps 50", 3000),
         ("--model bert --steps 50", 5),
     ],
