@@ -32,10 +32,19 @@ from .paint import silent
 from ..config import PRESETS, ModelConfig
 from ..data.source import describe_inputs, same_inputs, with_hashes
 from ..data.token_file import TokenFile
+from ..files import mark_folder, remove_files
 from ..memory import check_memory, training_bytes
 from ..mesh import ParallelGroups
 from ..owner import Owner, own_run
-from ..prepare import TOKENIZER, TOKENS, find_token_file, prepare, read_tokenizer
+from megatron_edu.prepare import (
+    PREPARED_FILES,
+    TOKENIZER,
+    TOKENS,
+    find_token_file,
+    prepare_text,
+    read_tokenizer,
+    save_tokenizer,
+)
 from megatron_edu.resume import (
     ARCHITECTURES,
     Checkpoint,
@@ -163,7 +172,8 @@ def find_tokens(
     check_plan(arguments.config)        # text may take long
     before = describe_inputs(arguments.data)
     vocab_size = arguments.config.model.vocab_size
-    file = prepare(arguments.data, out, path, vocab_size, arguments.text_field, kind)
+    remove_files(out, *(name for name in PREPARED_FILES if out / name != path))     # of a start
+    file = prepare_text(arguments.data, out, path, vocab_size, arguments.text_field, kind).file
     noted |= {"inputs": with_hashes(before), "text_field": arguments.text_field}
     return Tokens(file, out / TOKENIZER, noted, [])
 
@@ -408,9 +418,11 @@ def _train(
             print(plan.done)
         return
     if first:
-        out.mkdir(parents=True, exist_ok=True)
-        if plan.tokenizer is not None and (plan.begins or not (out / TOKENIZER).exists()):
-            read_tokenizer(plan.tokenizer, kind_of(plan.config.model)).save(out / TOKENIZER)
+        mark_folder(out, "run")
+        if plan.begins and plan.tokenizer not in (None, out / TOKENIZER):
+            remove_files(out, TOKENIZER)
+        if plan.tokenizer is not None and not (out / TOKENIZER).exists():
+            save_tokenizer(read_tokenizer(plan.tokenizer, kind_of(plan.config.model)), out)
         if not quiet:
             print(*plan.lines, sep="\n", flush=True)
     say = {"say": silent} if quiet else {}
