@@ -5,12 +5,16 @@ BASE_PYTHON = python3
 BIN = .venv/bin
 READY = .venv/.installed
 
-.PHONY: help demo test export readme clean lint
+# Further options of JupyterLab: make LAB=--no-browser lab
+LAB =
+
+.PHONY: help demo test lab export readme clean lint
 
 help:
 	@echo "make demo     install into .venv, then train, sample and re-shard a small GPT-2"
 	@echo "              (a BERT, afterwards: .venv/bin/megatron-edu demo --model bert)"
 	@echo "make test     install into .venv, then all checks"
+	@echo "make lab      install into .venv, then open the course in JupyterLab, on this machine alone"
 	@echo "make export   write megatron_edu/ from the notebooks"
 	@echo "make readme   write README.md from nbs/index.ipynb"
 	@echo "make clean    strip the notebooks of what changes from run to run"
@@ -40,6 +44,10 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python tools/checks.py
+
+lab: $(READY)
+	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=nbs \
+	    --LabApp.default_url=/lab/tree/index.ipynb $(LAB)
 
 export: $(READY)
 	@$(BIN)/nbdev_export && echo "megatron_edu/ written from nbs/"

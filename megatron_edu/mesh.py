@@ -101,8 +101,13 @@ def _build(dims: ParallelDims, device_type: str) -> ParallelGroups:
 
 
 def _own_group(mesh: DeviceMesh, axis: str) -> dist.ProcessGroup:
-    "This rank's group along an axis, never the default group that a mesh lends to its only axis."
+    """This rank's group along an axis, with the axis's name and the backend of the world.
+
+    For its only axis a mesh lends the default group, or where gloo meets a GPU a group of its own
+    that may want NCCL.
+    """
     import torch.distributed as dist
 
     group = mesh.get_group(axis)
-    return dist.new_group(group_desc=f"mesh_{axis}") if group is dist.group.WORLD else group
+    name = f"mesh_{axis}"
+    return group if group.group_desc == name else dist.new_group(group_desc=name)

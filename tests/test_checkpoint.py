@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from limits import HANG
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -240,7 +241,7 @@ except OSError as error:
 
 def test_a_real_limit_on_the_size_of_files(tmp_path):
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
-    out = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    out = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert "step-00000002 could not be saved" in out.stdout, out
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert load_model(tmp_path / "step-00000001").config.num_layers == 2

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,15 +15,21 @@ import numpy as np
 import pytest
 import torch
 import transformers
-import tyro
 from gpt2_cases import config
 
-from megatron_edu import cli, cli_checks, cli_train
+from megatron_edu import cli
+from megatron_edu.cli import checks, options, parse
+from megatron_edu.cli import demo as demo_verb
+from megatron_edu.cli import generate as generate_verb
+from megatron_edu.cli import presets as presets_verb
+from megatron_edu.cli import train as train_verb
 from megatron_edu.config import PRESETS
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
+from megatron_edu.errors import Stopped
+from megatron_edu.failures import PACKAGE
 from megatron_edu.models.bert import Bert
 from megatron_edu.prepare import prepare, prepare_documents
 from megatron_edu.ranks import RankError
@@ -110,10 +117,11 @@ def explanations(text):
             yield name[1], re.sub(r"\((default|required).*", "", " ".join(said.split())).strip()
 
 
+WITH_OPTIONS = [name for name in options.VERBS if name not in ("presets", "doctor", "break")]
 BERTS = "train --model bert", "train --preset bert-336m", "demo --model bert"
 
 
-@pytest.mark.parametrize("verb", [*cli.VERBS, *BERTS])
+@pytest.mark.parametrize("verb", [*WITH_OPTIONS, *BERTS])
 def test_help_explains_every_option(capsys, verb):
     said = dict(explanations(help_of(capsys, verb)))
     assert said, verb
@@ -126,7 +134,7 @@ def test_help_explains_every_option(capsys, verb):
 )
 def test_help_of_train_offers_every_field(capsys, verb, preset):
     text = help_of(capsys, verb)
-    config = cli_train.preset_arguments(preset).config
+    config = options.preset_arguments(preset).config
     for part in (config.model, config.run, config.optimizer, config.parallel):
         for field in dataclasses.fields(part):
             assert f"--{field.name.replace('_', '-')}" in text
@@ -175,11 +183,13 @@ def test_without_a_verb_the_verbs_are_listed(capsys):
     for args in ([], ["--help"], ["-h"]):
         cli.main(args)
         text = capsys.readouterr().out
-        assert all(f"  {verb}" in text for verb in cli.VERBS)
+        assert all(f"  {verb}" in text for verb in options.VERBS)
 
 
 def test_an_unknown_verb(capsys):
-    assert "megatron-edu fly: no such verb; use one of demo," in refusal(capsys, "fly")
+    said = refusal(capsys, "trian")
+    assert said.startswith("megatron-edu trian: no such verb; nearest is train; the verbs are demo")
+    assert "nearest" not in refusal(capsys, "zzz")
 
 
 # ----------------------------------------------------------------------------------------- train
@@ -240,7 +250,7 @@ def test_a_vocabulary_without_a_tokenizer_is_the_presets(tmp_path, corpus):
 
 def test_presets_decide_the_other_defaults():
     tiny, paper = (
-        cli_train.preset_arguments(name).config for name in ("tiny", "gpt2-355m")
+        options.preset_arguments(name).config for name in ("tiny", "gpt2-355m")
     )
     assert tiny.model.num_layers == 2 and tiny.run.steps == 400 and tiny.run.batch_size == 16
     assert tiny.run.eval_every == tiny.run.save_every == 100
@@ -264,14 +274,14 @@ def test_presets_decide_the_other_defaults():
     ],
 )
 def test_model_and_preset_imply_each_other(line, preset):
-    assert cli_train.choose_preset(line.split()) == preset
-    kind = cli_train.preset_arguments(preset).model
+    assert options.choose_preset(line.split()) == preset
+    kind = options.preset_arguments(preset).model
     assert kind == ("bert" if preset.startswith("bert") else "gpt2")
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("bert")])
 def test_a_preset_of_bert_brings_its_recipe(preset):
-    given = cli_train.preset_arguments(preset)
+    given = options.preset_arguments(preset)
     run, rates = given.config.run, given.config.optimizer
     assert given.model == "bert" and given.config.model == PRESETS[preset]
     assert rates.decay == "linear" and rates.min_lr == 0
@@ -284,20 +294,16 @@ def test_a_preset_of_bert_brings_its_recipe(preset):
 
 @pytest.mark.parametrize("preset", ["gpt2-355m", "bert-336m"])
 def test_what_the_recipe_leaves_to_the_device_can_be_chosen(preset):
-    options = f"--preset {preset} --no-recompute --precision bf16 --data x --out y".split()
-    default = cli_train.preset_arguments(cli_train.choose_preset(options))
-    found = cli_train.parse("train", cli_train.TrainArguments, options, default).config
+    words = f"--preset {preset} --no-recompute --precision bf16 --data x --out y".split()
+    default = options.train_defaults(words)
+    found = parse.parse("train", words).config
     assert (default.config.model.recompute, default.config.run.precision) == (True, "fp32")
     assert (found.model.recompute, found.run.precision) == (False, "bf16")
 
 
-def arguments(*options):
+def arguments(*words):
     "What `train` is told, as far as it looks for tokens."
-    return tyro.cli(
-        cli_train.TrainArguments, args=list(map(str, options)),
-        default=cli_train.preset_arguments("tiny"),
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    return parse.parse("train", ["--preset", "tiny", *map(str, words)])
 
 
 def test_a_preset_may_be_given_in_one_word(capsys):
@@ -307,24 +313,24 @@ def test_a_preset_may_be_given_in_one_word(capsys):
 
 def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli_train, "prepare", lambda *args: seen.append(args))
+    monkeypatch.setattr(train_verb, "prepare", lambda *args: seen.append(args))
     texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", corpus / "ready"
-    options = "--data", *texts, "--out", out, "--text-field", "body"
-    cli_train.find_tokens(arguments(*options, "--vocab-size", 400), False)
-    cli_train.find_tokens(arguments(*options, "--tokenizer", given), False)
+    words = "--data", *texts, "--out", out, "--text-field", "body"
+    train_verb.find_tokens(arguments(*words, "--vocab-size", 400), False)
+    train_verb.find_tokens(arguments(*words, "--tokenizer", given), False)
     rest = "body", "gpt2"
     assert seen == [(texts, out, None, 400, *rest), (texts, out, given, 512, *rest)]
 
 
 def test_text_is_tokenized_once_a_run(corpus, tmp_path):
     "Tokens that a run left before its first checkpoint may be of other text."
-    options = arguments("--data", corpus / "a.txt", "--out", tmp_path, "--text-field", "body")
+    asked = arguments("--data", corpus / "a.txt", "--out", tmp_path, "--text-field", "body")
     other = corpus / "ready"
     for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
         shutil.copy(other / name, tmp_path)
-    kept, path = cli_train.find_tokens(options, True)
+    kept, path = train_verb.find_tokens(asked, True)
     assert len(kept) == len(TokenFile(other / "tokens")) and path == tmp_path / "tokenizer.json"
-    written, _ = cli_train.find_tokens(options, False)
+    written, _ = train_verb.find_tokens(asked, False)
     assert len(written) != len(kept)
 
 
@@ -353,7 +359,7 @@ def test_the_module_runs_as_a_program():
 
 @pytest.fixture
 def no_ranks(monkeypatch):
-    for module in (cli, cli_train):
+    for module in (generate_verb, train_verb):
         monkeypatch.setattr(
             module, "launch", lambda *args, **kwargs: pytest.fail("ranks were started")
         )
@@ -392,7 +398,7 @@ def test_options_that_cannot_be(corpus, tmp_path, capsys, options, words):
 def test_only_whole_words_become_options():
     "Not the parts of a path, nor of another name."
     said = "global_batch 4, seq_len 9: /a/seq_len/b, seq_len.txt, max_seq_len, seq_lens"
-    with pytest.raises(ValueError) as error, cli_checks.command_words():
+    with pytest.raises(ValueError) as error, checks.command_words():
         raise ValueError(said)
     words = said.replace("global_batch", "--batch-size").replace("seq_len 9", "--max-seq-len 9")
     assert str(error.value) == words
@@ -602,7 +608,7 @@ def test_sequences_longer_than_any_document_are_told(
     corpus, sentences, tmp_path, capsys, monkeypatch, kind
 ):
     "Before the first rank starts, so that nobody waits without a word."
-    monkeypatch.setattr(cli_train, "launch", lambda *args: print("ranks start"))
+    monkeypatch.setattr(train_verb, "launch", lambda *args: print("ranks start"))
     ready, short, extra, rest = {
         "gpt2": (corpus / "ready", SHORT, 0, "a sample is of several"),
         "bert": (sentences, SMALL_BERT, 3, "the rest of a sample is padding"),
@@ -669,30 +675,54 @@ def test_ranks_of_torchrun_do_not_all_write_the_token_file(corpus, tmp_path, cap
     ],
 )
 def test_a_failure_inside_is_one_message(capsys, monkeypatch, error):
-    def fail(args):
-        raise error
-
-    monkeypatch.setitem(cli.VERBS, "demo", (fail, ""))
-    assert refusal(capsys, "demo") == f"megatron-edu demo: {error}\n"
+    presets_fail(monkeypatch, error)
+    assert refusal(capsys, "presets") == f"megatron-edu presets: {error}\n"
 
 
-def test_what_nobody_expected_keeps_its_traceback(monkeypatch):
-    def fail(args):
-        raise ZeroDivisionError
-
-    monkeypatch.setitem(cli.VERBS, "demo", (fail, ""))
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["demo"])
+def presets_fail(monkeypatch, error, file=PACKAGE / "some_module.py"):
+    "Let the verb `presets` raise an exception as code of that file does."
+    space = {"error": error}
+    exec(compile("def run(asked):\n    raise error", str(file), "exec"), space)
+    monkeypatch.setattr(presets_verb, "run", space["run"])
 
 
-def test_ctrl_c_ends_with_130(capsys, monkeypatch):
-    def stop(args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyError("x"), AssertionError("y")])
+def test_what_nobody_expected_keeps_its_traceback_in_a_file(monkeypatch, capsys, error):
+    presets_fail(monkeypatch, error)
+    unforeseen(capsys, type(error))
 
-    monkeypatch.setitem(cli.VERBS, "demo", (stop, ""))
+
+def test_an_error_of_another_library_is_not_the_users(monkeypatch, capsys):
+    presets_fail(monkeypatch, ValueError("what does it mean?"), "site-packages/other.py")
+    unforeseen(capsys, ValueError)
+
+
+def unforeseen(capsys, kind):
     with pytest.raises(SystemExit) as end:
-        cli.main(["demo"])
-    assert end.value.code == 130 and capsys.readouterr().err == "megatron-edu demo: stopped\n"
+        cli.main(["presets"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 1
+    assert line.startswith(f"megatron-edu presets: unforeseen {kind.__name__}: ")
+    kept = Path(line.rpartition(" ")[2])
+    text = kept.read_text()
+    kept.unlink()
+    assert "Traceback" in text and kind.__name__ in text
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (KeyboardInterrupt(), 130, "stopped"),
+        (Stopped(signal.SIGTERM), 143, "stopped by SIGTERM"),
+        (Stopped(signal.SIGHUP, "step 3 is saved"), 129, "step 3 is saved"),
+    ],
+)
+def test_a_signal_ends_with_its_status(capsys, monkeypatch, error, code, line):
+    presets_fail(monkeypatch, error)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["presets"])
+    assert end.value.code == code
+    assert capsys.readouterr().err == f"megatron-edu presets: {line}\n"
 
 
 # ------------------------------------------------------------------- prepare, generate, convert
@@ -818,7 +848,7 @@ def test_the_mark_of_an_empty_prompt_does_not_end_the_text(brief, capsys):
 def test_the_tokenizer_of_a_run_is_found_from_within(run, monkeypatch):
     for place in (run, run / "step-00000004"):
         monkeypatch.chdir(place)
-        assert cli.run_tokenizer(Path(".")).read_bytes() == (run / "tokenizer.json").read_bytes()
+        assert checks.run_tokenizer(Path(".")).read_bytes() == (run / "tokenizer.json").read_bytes()
 
 
 def test_generate_refuses(run, tmp_path, capsys):
@@ -851,7 +881,7 @@ def test_heads_feed_forward_and_padded_vocabulary_decide_the_ranks(sizes, fit):
     found = []
     for tp in range(1, 9):
         try:
-            cli.check_split(config(**sizes), tp)
+            checks.check_split(config(**sizes), tp)
             found.append(tp)
         except ValueError as error:
             assert f"use --tp {' or '.join(map(str, fit))}" in str(error)
@@ -1165,9 +1195,8 @@ def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):
 
 def test_the_demo_of_each_model_is_called(monkeypatch, tmp_path):
     called = {}
-    for model, (_, default) in cli.DEMOS.items():
-        show = functools.partial(called.__setitem__, model)
-        monkeypatch.setitem(cli.DEMOS, model, (show, default))
+    for model, name in (("gpt2", "demo"), ("bert", "demo_bert")):
+        monkeypatch.setattr(demo_verb, name, functools.partial(called.__setitem__, model))
     cli.main(["demo", "--out", str(tmp_path), "--steps", "3"])
     cli.main(["demo", "--model", "bert", "--tp", "4"])
     assert (called["gpt2"].model, called["gpt2"].steps, called["gpt2"].out) == ("gpt2", 3, tmp_path)

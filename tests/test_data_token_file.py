@@ -256,7 +256,7 @@ def test_a_killed_writer_leaves_nothing_under_the_final_names(tmp_path):
     program = (
         "import sys, time; from megatron_edu.data.token_writer import TokenFileWriter\n"
         "with TokenFileWriter(sys.argv[1], 100) as writer:\n"
-        "    writer.append([7] * 3_000_000); print('written', flush=True); time.sleep(60)\n"
+        "    writer.append([7] * 3_000_000); print('written', flush=True); time.sleep(10**5)\n"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "x")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from limits import HANG, wait_for
 
 from megatron_edu import reference
 from megatron_edu.config import GPT2Config
@@ -314,10 +314,11 @@ test_loop.run_here(test_loop.plan(Path(sys.argv[1]), steps=10**6, save_every=10*
 
 def wait_for_steps(out: Path, count: int, process) -> None:
     "Until the metrics have that many lines."
-    end = time.monotonic() + 120
-    while len(read_metrics(out)) < count:
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
-        time.sleep(0.05)
+    def done():
+        assert process.poll() is None, process.communicate()
+        return len(read_metrics(out)) >= count
+
+    wait_for(done, f"{count} lines of metrics")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -328,7 +329,7 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(tmp_path, tokens, numb
     try:
         wait_for_steps(tmp_path, 2, process)
         process.send_signal(number)
-        printed, _ = process.communicate(timeout=60)
+        printed, _ = process.communicate(timeout=HANG)
     finally:
         process.kill()
     step = read_metrics(tmp_path)[-1]["step"]

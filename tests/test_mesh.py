@@ -1,6 +1,7 @@
 """The grid of ranks against arithmetic, and its groups on real ranks."""
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -82,6 +83,31 @@ def test_groups_on_ranks(ranks, device, tp, dp, pp):
             assert found[axis] == (group if size > 1 else None)
             assert found[f"sum over {axis}"] == sum(group)
             assert found[f"{axis} in ledger"] == ([axis] if size > 1 else [])
+
+
+def report_beside_a_gpu(dims: ParallelDims) -> tuple[dict, list[str]]:
+    "On gloo with a GPU in the machine, a mesh makes a group of its own instead of lending one."
+    made = []
+    new_group = dist.device_mesh.new_group
+
+    def watched(*args, **options):
+        made.append(options["group_desc"])
+        return new_group(*args, **options)
+
+    with (
+        mock.patch("torch.cuda.is_available", lambda: True),
+        mock.patch.object(dist.device_mesh, "new_group", watched),
+    ):
+        return report(dims, "cpu"), made
+
+
+@pytest.mark.parametrize(("tp", "dp", "pp"), SHAPES[:3])
+def test_the_only_axis_has_its_name_and_backend_beside_a_gpu(cpu_ranks, tp, dp, pp):
+    axis = next(axis for axis, size in {"tp": tp, "dp": dp, "pp": pp}.items() if size > 1)
+    for found, made in cpu_ranks(2)(report_beside_a_gpu, ParallelDims(tp, dp, pp)):
+        assert made == ["mesh_default"]
+        assert found[f"{axis} in ledger"] == [axis]
+        assert found[f"sum over {axis}"] == 1
 
 
 @pytest.mark.parametrize(("tp", "dp"), [(2, 2)])

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import linecache
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from limits import FOREVER, HANG, wait_for
 
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.ranks import RankError, Ranks
@@ -32,12 +34,10 @@ def exists(pid: int) -> bool:
     return True
 
 
-def all_gone(pids: list[int], within: float = 5.0) -> bool:
+def all_gone(pids: list[int]) -> bool:
     "No process of these numbers is left, now or soon."
-    deadline = time.monotonic() + within
-    while any(map(exists, pids)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not any(map(exists, pids))
+    wait_for(lambda: not any(map(exists, pids)), f"the end of processes {pids}")
+    return True
 
 
 def sum_of_ranks() -> int:
@@ -48,8 +48,11 @@ def sum_of_ranks() -> int:
 
 @pytest.fixture(scope="module")
 def four():
-    "One object for all cases: after each failure it must start new ranks."
-    with Ranks(4, threads=1) as world:
+    """One object for all cases: after each failure it must start new ranks.
+
+    Its ranks may wait for each other longer than a test may last: a failure that is noticed only
+    at the limit hangs here."""
+    with Ranks(4, timeout=FOREVER, threads=1) as world:
         yield world
 
 
@@ -161,11 +164,9 @@ def test_a_failure_is_reported_while_the_others_wait_in_a_collective(four):
             raise KeyError("lost")
         dist.barrier()
 
-    begin = time.monotonic()
     with pytest.raises(RankError, match="KeyError: 'lost'") as caught:
         four(fail_on_3)
     assert caught.value.rank == 3
-    assert time.monotonic() - begin < four.timeout / 2
 
 
 def test_a_source_line_of_a_notebook_cell_is_in_the_traceback(four):
@@ -229,16 +230,33 @@ def skip_on_1(make_group):
 def test_a_skipped_collective_ends_at_the_time_limit(make_group):
     with Ranks(4, timeout=2, threads=1) as world:
         pids = world(os.getpid)
-        begin = time.monotonic()
         with pytest.raises(RankError) as caught:
             world(skip_on_1, make_group)
-        assert 2 <= time.monotonic() - begin < 15
         assert caught.value.rank == 0
         assert "rank 0 waited in a collective that another rank did not join" in str(caught.value)
         assert "limit 2 s" in str(caught.value)
         assert str(caught.value).count("Traceback") == 1
         assert all_gone(pids)
+        world.timeout = HANG
         assert world(sum_of_ranks) == [6] * 4
+
+
+def test_ranks_may_meet_later_than_a_collective_may_wait(monkeypatch):
+    process = multiprocessing.get_context("forkserver").Process
+    start = process.start
+
+    def start_late(rank):
+        if rank.name == "rank 1":
+            time.sleep(1)
+        start(rank)
+
+    def limit():
+        options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+        return options._timeout.total_seconds()
+
+    monkeypatch.setattr(process, "start", start_late)
+    with Ranks(2, timeout=0.2, threads=1) as world:
+        assert world(limit) == [0.2, 0.2]
 
 
 def test_ranks_that_had_finished_are_named():
@@ -260,15 +278,13 @@ def die_on_2(then):
     "then",
     [
         pytest.param(lambda: dist.barrier(), id="collective"),
-        pytest.param(lambda: time.sleep(60), id="sleep"),
+        pytest.param(lambda: time.sleep(FOREVER), id="sleep"),
     ],
 )
-def test_a_killed_rank_is_reported_at_once_and_nothing_stays(four, then):
+def test_a_killed_rank_is_reported_without_a_limit_and_nothing_stays(four, then):
     pids = four(os.getpid)
-    begin = time.monotonic()
     with pytest.raises(RankError, match="rank 2 of 4 died: SIGKILL") as caught:
         four(die_on_2, then)
-    assert time.monotonic() - begin < four.timeout / 2
     assert caught.value.rank == 2
     assert all_gone(pids)
     assert four(sum_of_ranks) == [6] * 4
@@ -278,7 +294,7 @@ def test_a_rank_killed_between_calls_is_reported_by_the_next(four):
     pids = four(os.getpid)
     os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(RankError, match="rank 1 of 4 died: SIGKILL"):
-        four(time.sleep, 60)
+        four(time.sleep, FOREVER)
     assert all_gone(pids)
     assert four(sum_of_ranks) == [6] * 4
 
@@ -363,7 +379,7 @@ PIDS = "ranks = Ranks(2)\nprint(*ranks(os.getpid), flush=True)\n"
 def test_a_script_without_guard_leaves_nothing(folder, ending, code, traceback):
     process = start_script(folder, PIDS + ending)
     pids = first_lines(process)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=HANG)
     assert process.returncode == code
     assert rest == ""
     assert errors.count(traceback) == 1 if traceback else errors == ""
@@ -371,19 +387,27 @@ def test_a_script_without_guard_leaves_nothing(folder, ending, code, traceback):
 
 
 def test_ranks_end_when_their_parent_is_killed_even_if_they_are_busy(folder):
-    process = start_script(folder, PIDS + "ranks(lambda: [None for _ in iter(int, 1)])")
+    text = f"""
+        def busy():
+            open(f"{folder}/busy{{os.getpid()}}", "w").close()
+            while True:
+                pass
+
+        ranks(busy)
+    """
+    process = start_script(folder, PIDS + textwrap.dedent(text))
     pids = first_lines(process)
-    time.sleep(0.3)
+    wait_for(lambda: len(list(folder.glob("busy*"))) == 2, "two busy ranks")
     assert all(map(exists, pids))
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG)
     assert nothing_stays(folder, pids)
 
 
-def ends_within(process: subprocess.Popen, seconds: float) -> bool:
+def all_end(process: subprocess.Popen) -> bool:
     "Whether the script and all its family end: whoever lives holds the script's standard output."
     try:
-        process.communicate(timeout=seconds)
+        process.communicate(timeout=HANG)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         return False
@@ -392,11 +416,11 @@ def ends_within(process: subprocess.Popen, seconds: float) -> bool:
 
 @pytest.mark.parametrize("delay", [0.05, 0.3, 0.8, 1.5])
 def test_nobody_outlives_a_parent_killed_while_it_starts(folder, delay):
-    process = start_script(folder, PIDS + "time.sleep(60)")
+    process = start_script(folder, PIDS + f"time.sleep({FOREVER})")
     assert process.stdout.readline() == "top\n"
     time.sleep(delay)
     process.kill()
-    assert ends_within(process, 10)
+    assert all_end(process)
     assert nothing_stays(folder, [])
 
 
@@ -419,24 +443,28 @@ def test_a_rank_that_comes_late_ends_though_its_neighbour_has_swept_up(folder):
         Process.start = start_and_sweep
     """
     process = start_script(folder, textwrap.dedent(text) + PIDS)
-    assert ends_within(process, 20)
+    assert all_end(process)
     assert process.returncode == -signal.SIGKILL
     assert nothing_stays(folder, [])
 
 
 def test_ctrl_c_ends_the_ranks_and_the_object_stays_usable(folder):
-    text = """
+    text = f"""
+        def sleep():
+            open(f"{folder}/asleep{{os.getpid()}}", "w").close()
+            time.sleep({FOREVER})
+
         try:
-            ranks(time.sleep, 60)
+            ranks(sleep)
         except KeyboardInterrupt:
             print("interrupted", flush=True)
         print(*ranks(os.getpid), flush=True)
     """
     process = start_script(folder, PIDS + textwrap.dedent(text))
     before = first_lines(process)
-    time.sleep(0.5)
+    wait_for(lambda: len(list(folder.glob("asleep*"))) == 2, "two ranks asleep")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the script and to its ranks
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0 and errors == ""
     interrupted, after = rest.splitlines()
     assert interrupted == "interrupted"
@@ -445,17 +473,18 @@ def test_ctrl_c_ends_the_ranks_and_the_object_stays_usable(folder):
 
 
 def test_ctrl_c_between_calls_leaves_the_ranks_alone(folder):
-    text = """
+    text = f"""
         try:
-            time.sleep(60)
+            print("in between", flush=True)
+            time.sleep({FOREVER})
         except KeyboardInterrupt:
             print(*ranks(os.getpid), flush=True)
     """
     process = start_script(folder, PIDS + textwrap.dedent(text))
     before = first_lines(process)
-    time.sleep(0.5)
+    assert process.stdout.readline() == "in between\n"
     os.killpg(process.pid, signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+    rest, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0 and errors == ""
     assert [int(pid) for pid in rest.split()] == before
     assert nothing_stays(folder, before)
@@ -533,7 +562,7 @@ def test_a_network_device_chosen_for_a_cluster_does_not_matter(folder):
     text = PIDS + "import torch.distributed as dist\nranks(dist.barrier)"
     process = start_script(folder, text, GLOO_SOCKET_IFNAME="nowhere0")
     pids = first_lines(process)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=HANG)
     assert process.returncode == 0 and errors == ""
     assert all_gone(pids)
 

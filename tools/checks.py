@@ -3,6 +3,7 @@
 Every stage runs, also after one that failed; the exit status is 1 if any did.
 """
 
+import configparser
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ BIN = Path(sys.executable).parent
 LIBRARY = "megatron_edu"
 LINTED = [LIBRARY, "tests", "tools", "setup.py"]
 COLUMNS = 100
-CHAPTER_SECONDS = 300  # a chapter that takes longer hangs
 CHAPTER_WORKERS = min(2, os.cpu_count() or 1)
 
 
@@ -131,9 +131,16 @@ def chapters() -> list[str]:
         return [problem for problem in pool.map(execute, notebooks(ROOT)) if problem]
 
 
+def hang() -> float:
+    "Seconds after which a chapter hangs, and is ended: the limit of pytest.ini for a test."
+    ini = configparser.ConfigParser()
+    ini.read(ROOT / "pytest.ini", encoding="utf-8")
+    return ini.getfloat("pytest", "faulthandler_timeout")
+
+
 def execute(path: Path) -> str:
     "Execute one notebook and print its seconds. What went wrong, or nothing."
-    start, name = time.perf_counter(), path.relative_to(ROOT)
+    start, name, limit = time.perf_counter(), path.relative_to(ROOT), hang()
     process = subprocess.Popen(
         [BIN / "nbdev_test", "--path", name],
         cwd=ROOT,
@@ -144,11 +151,11 @@ def execute(path: Path) -> str:
         start_new_session=True,
     )
     try:
-        printed, _ = process.communicate(timeout=CHAPTER_SECONDS)
+        printed, _ = process.communicate(timeout=limit)
         passed = process.returncode == 0 and "Success." in printed
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        passed, printed = False, f"still running after {CHAPTER_SECONDS} s"
+        passed, printed = False, f"still running after {limit:g} s"
     verdict = "" if passed else "  FAILED"
     print(f"   {time.perf_counter() - start:6.1f} s  {name}{verdict}", flush=True)
     return "" if passed else f"{name}:\n{printed.strip()}"
