@@ -97,7 +97,7 @@ class Place:
     beat: int = 0                   # grows while the process runs
     inside: str = ""                # the collective of `comm` that it waits in
     last: str = ""                  # the last one that it began
-    groups: dict[str, int] = field(default_factory=dict)    # collectives begun in each group
+    groups: dict[str, int] = field(default_factory=dict)    # "axis name ranks": collectives begun
 
 
 class Board:
@@ -111,8 +111,13 @@ class Board:
     def make(cls, size: int) -> "Board":
         "A board without a name, for ranks that this process starts."
         with tempfile.TemporaryFile() as stream:
-            stream.truncate(size * _PAGE)
+            stream.truncate(cls.bytes(size))
             return cls(os.dup(stream.fileno()), size)
+
+    @staticmethod
+    def bytes(size: int) -> int:
+        "The size of a file for that many ranks."
+        return size * _PAGE
 
     @classmethod
     def open(cls, path: str, size: int) -> "Board":
@@ -161,11 +166,12 @@ def _groups() -> dict[str, int]:
     "Collectives that this process has begun in each of its groups."
     found = {}
     for group in list(dist.distributed_c10d._world.pg_map):
-        ranks = dist.get_process_group_ranks(group)
-        members = zlib.crc32(repr(ranks).encode())      # two groups of one axis have one name
+        ranks = ",".join(map(str, dist.get_process_group_ranks(group)))
+        if len(ranks) > 60:
+            ranks = f"{zlib.crc32(ranks.encode()):08x}"
         number = group._get_sequence_number_for_group() + doing.begun[group.group_name]
-        found[f"{axis_of(group.group_desc)} {group.group_name} {members:08x}"] = number
-    return dict(list(found.items())[-30:])      # what fits a page; the newest are in use
+        found[f"{axis_of(group.group_desc)} {group.group_name} {ranks}"] = number
+    return dict(list(found.items())[-20:])      # what fits a page; the newest are in use
 
 
 class Noting:
@@ -215,20 +221,24 @@ class Wait(NamedTuple):
     inside: str     # what that rank says of it
 
 
-def _behind(places: list[Place]) -> tuple[dict[int, Wait], set[int]]:
+def _behind(
+    places: list[Place],
+    first: int,             # number of the first rank of this machine
+) -> tuple[dict[int, Wait], set[int]]:
     "The collective that each late rank is missing from, and the ranks that wait."
     late: dict[int, Wait] = {}
     waiting: set[int] = set()
     for name in sorted({name for place in places for name in place.groups}):
-        members = [place for place in places if name in place.groups]
-        number = max(place.groups[name] for place in members)
-        first = [place for place in members if place.groups[name] == number]
-        if len(first) == len(members):
+        listed = name.split(" ")[2].split(",")      # some may not have made the group yet
+        members = [p for p in places if name in p.groups or str(first + p.rank) in listed]
+        number = max(place.groups.get(name, 0) for place in members)
+        there = [place for place in members if place.groups.get(name, 0) == number]
+        if len(there) == len(members):
             continue
-        waiting |= {place.rank for place in first}
-        wait = Wait(name, number, first[0].rank, first[0].inside)
+        waiting |= {place.rank for place in there}
+        wait = Wait(name, number, there[0].rank, there[0].inside)
         for place in members:
-            if place not in first:
+            if place not in there:
                 late.setdefault(place.rank, wait)
     return late, waiting
 
@@ -240,21 +250,24 @@ class Late:
     rank: int
     wait: Wait | None       # what it is missing from, where that is known
     condition: str          # of its process
+    pid: int
+    first: int = 0          # number of the first rank of this machine
 
     def line(
         self,
         limit: float,       # seconds that the others have waited
     ) -> str:
         "One line that names the rank and what it is missing from."
+        rank = self.first + self.rank
         if self.wait is None:
-            return f"rank {self.rank} has kept the others waiting for {limit:g} s: {self.condition}"
+            return f"rank {rank} has kept the others waiting for {limit:g} s: {self.condition}"
         axis = self.wait.group.partition(" ")[0]
         which = f"collective {self.wait.number} over {axis}, one of PyTorch's own"
         if self.wait.inside.endswith(f"over {axis}"):
             which = self.wait.inside
         return (
-            f"rank {self.rank} has not joined {which}, in which rank {self.wait.waiting} has "
-            f"waited for {limit:g} s: {self.condition}"
+            f"rank {rank} has not joined {which}, in which rank {self.first + self.wait.waiting} "
+            f"has waited for {limit:g} s: {self.condition}"
         )
 
 
@@ -266,8 +279,8 @@ def _condition(place: Place, silent: bool) -> str:
         except OSError:             # gone, or no Linux
             state = "?"
         if state in "Tt":
-            return f"its process is stopped; kill -CONT {place.pid} lets it go on"
-        return f"its process {place.pid} gives no sign of life"
+            return "its process is stopped"
+        return "its process gives no sign of life"
     if place.state in ("idle", "done"):
         return "it has returned"
     return f"it is busy; the last collective that it began was {place.last or 'none of comm'}"
@@ -276,8 +289,12 @@ def _condition(place: Place, silent: bool) -> str:
 class Lookout:
     "Looks at a board now and then, and finds the rank that keeps the others waiting."
 
-    def __init__(self, board: Board):
-        self.board = board
+    def __init__(
+        self,
+        board: Board,
+        first: int = 0,     # number of the first rank of this machine
+    ):
+        self.board, self.first = board, first
         self.said: Any = None
         self.since: dict[tuple, tuple[Any, float]] = {}
         self.looked = time.monotonic()
@@ -297,15 +314,16 @@ class Lookout:
         if now - self.looked > limit / 4:       # this process was stopped too, or did not look
             self.since.clear()
         self.looked = now
-        places = [p for p in self.board.places() if p.state in ("running", "idle", "done")]
+        places = [p for p in self.board.places() if p.state not in ("absent", "starting")]
         silent, still = set(), set()
         for place in places:
             if self._unchanged((place.rank, "beat"), place.beat, now) >= limit / 2:
-                silent |= {place.rank} if place.state != "done" else set()
+                silent |= {place.rank} if place.state in ("running", "idle") else set()
             if self._unchanged((place.rank, "groups"), place.groups, now) >= limit:
                 still.add(place.rank)
-        late, waiting = _behind(places)
-        patient = (still - silent) & {place.rank for place in places if place.state == "running"}
+        late, waiting = _behind(places, self.first)
+        busy = {place.rank for place in places if place.state in ("running", "failed")}
+        patient = (still - silent) & busy       # one may have failed because it waited too long
         if not patient:
             return None
         causes = silent or (set(late) & still) - waiting or set(late) & still
@@ -313,7 +331,7 @@ class Lookout:
             return None
         rank = min(causes)
         place = next(place for place in places if place.rank == rank)
-        return Late(rank, late.get(rank), _condition(place, rank in silent))
+        return Late(rank, late.get(rank), _condition(place, rank in silent), place.pid, self.first)
 
     def look(self) -> str | None:
         "A line to print, once for each collective that somebody is missing from."
@@ -321,4 +339,6 @@ class Lookout:
         if found is None or (found.rank, found.wait) == self.said:
             return None
         self.said = found.rank, found.wait
-        return found.line(notice())
+        stopped = found.condition.endswith("is stopped")
+        remedy = f"; kill -CONT {found.pid} lets it go on" if stopped else ""
+        return found.line(notice()) + remedy
