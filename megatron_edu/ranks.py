@@ -164,7 +164,7 @@ class _World:
 
 @contextlib.contextmanager
 def blocked(*numbers: int):
-    "Processes that are started in the block hold these signals back, until they are ready for them."
+    "Processes that are started in the block hold these signals back until they let them through."
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
