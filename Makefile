@@ -8,13 +8,14 @@ READY = .venv/.installed
 # Further options of JupyterLab: make LAB=--no-browser lab
 LAB =
 
-.PHONY: help demo test lab export readme clean lint
+.PHONY: help demo test lab gpu export readme clean lint
 
 help:
 	@echo "make demo     install into .venv, then train, sample and re-shard a small GPT-2"
 	@echo "              (a BERT, afterwards: .venv/bin/megatron-edu demo --model bert)"
 	@echo "make test     install into .venv, then all checks"
 	@echo "make lab      install into .venv, then open the course in JupyterLab, on this machine alone"
+	@echo "make gpu      install into .venv, then check and time what this machine's GPUs allow"
 	@echo "make export   write megatron_edu/ from the notebooks"
 	@echo "make readme   write README.md from nbs/index.ipynb"
 	@echo "make clean    strip the notebooks of what changes from run to run"
@@ -48,6 +49,9 @@ test: $(READY)
 lab: $(READY)
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=nbs \
 	    --LabApp.default_url=/lab/tree/index.ipynb $(LAB)
+
+gpu: $(READY)
+	@PYTHONPATH=. $(BIN)/python tools/gpu_check.py
 
 export: $(READY)
 	@$(BIN)/nbdev_export && echo "megatron_edu/ written from nbs/"

@@ -42,10 +42,11 @@ def train_from_folder(
     config: TrainConfig,
     tokens: Path,                   # prefix of a token file
     tokenizer: Path | None = None,  # that wrote it; a BERT needs it
+    quiet: bool = False,            # write metrics, and say nothing
 ) -> None:
     "What each rank of a training run does."
     pieces = load_wordpiece(tokenizer) if isinstance(config.model, BertConfig) else None
-    train(config, TokenFile(tokens), groups, device, pieces)
+    train(config, TokenFile(tokens), groups, device, pieces, quiet=quiet)
 
 # %% ../nbs/7_using/02_demo.ipynb #4957b30d
 def demo_plan(
@@ -154,8 +155,9 @@ def train_on_corpus(
     "Corpus, tokenizer and training, which are the same for every model. The text becomes tokens."
     size, out = plan.model.vocab_size, config.out
     say(f"corpus: Python's own documentation; training a tokenizer of {size:,} tokens on it")
-    tokenizer = TOKENIZERS[config.model][0](embedded_corpus(), size)
-    tokens = prepare_documents(embedded_corpus(), out, tokenizer)
+    documents = list(embedded_corpus())     # made once: that takes longer than the tokenizer
+    tokenizer = TOKENIZERS[config.model][0](documents, size)
+    tokens = prepare_documents(documents, out, tokenizer)
     parameters, name = plan.model.num_parameters(), {"gpt2": "GPT-2", "bert": "BERT"}[config.model]
     say(f"training a {name} of {parameters:,} parameters on {tokens.num_tokens:,} tokens")
     launch(train_from_folder, plan.parallel, plan, out / TOKENS, out / TOKENIZER)
@@ -177,12 +179,15 @@ def compare_on_ranks(
     return rows
 
 # %% ../nbs/7_using/02_demo.ipynb #1a7b5cfe
-def demo(config: DemoConfig) -> list[Row]:
+def demo(
+    config: DemoConfig,
+    say: Say | None = None,     # None: `stages()`
+) -> list[Row]:
     """Corpus, tokenizer, training, samples; then 1, 2 and 4 ranks against the reference.
 
     Raises `AssertionError` if one of them differs.
     """
-    say, plan, out = stages(), demo_plan(config), config.out
+    say, plan, out = say or stages(), demo_plan(config), config.out
     tokens, tokenizer = train_on_corpus(config, plan, say)
     losses = [loss for _, loss in validation_losses(read_metrics(out))]
     say(f"validation loss: {losses[0]:.2f} -> {losses[-1]:.2f}; curve in {out / 'loss.png'}")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .checks import check_kind
 from .comm import all_gather, group_rank
 from .data.bert import BertSamples
 from .data.gpt2 import split_documents
@@ -18,11 +19,13 @@ from .data.token_file import TokenFile
 from .data.wordpiece import WordPiece
 from megatron_edu.demo import (
     Row,
+    Say,
     compare_on_ranks,
     demo_plan,
     stages,
     train_on_corpus,
 )
+from .generate import check_finite, eval_mode, ids_without_token
 from .models.bert import Bert
 from .settings import STEPS, DemoConfig
 from .tensor_parallel.cross_entropy import hide_padding
@@ -67,22 +70,31 @@ def fill_mask(
     """What the model would put into the holes of a text. All ranks of its group call it.
 
     The same answers for any tensor-parallel size. Raises `ValueError` for a text without a hole,
-    for one longer than the model's sequences, and for a count outside 1 to v.
+    for one longer than the model's sequences, and for a count outside 1 to v;
+    `FloatingPointError` for logits that are not finite.
     """
+    check_kind("model", model, Bert)
+    check_kind("tokenizer", tokenizer, WordPiece)
+    check_kind("text", text, str)
     ids = [tokenizer.cls_id, *tokenizer.encode(text), tokenizer.sep_id]
     input_ids = torch.tensor([ids], device=model.wpe.weight.device)             # (1, s)
     holes = input_ids == tokenizer.mask_id                                      # (1, s)
     if not holes.any():
         raise ValueError(f"{text!r} has no [MASK]; write one for each token to be filled in")
     size = model.config.vocab_size
-    if not 1 <= count <= size:
-        raise ValueError(f"count={count}: from 1 to the {size} tokens of the vocabulary")
-    training = model.training
-    model.eval()
-    x = model.mlm(model.hidden_states(input_ids)[holes])                        # (m, h)
-    model.train(training)
+    check_kind("count", count, int)
+    silent = ids_without_token(tokenizer, size)     # rows of the model that no token has
+    if not 1 <= count <= size - len(silent):
+        tokens = size - len(silent)
+        raise ValueError(f"count={count}: from 1 to the {tokens} tokens of the vocabulary")
+    with eval_mode(model):
+        x = model.mlm(model.hidden_states(input_ids)[holes])                    # (m, h)
     local_logits = model.logits(x, model.mlm.bias)                              # (m, v padded/tp)
+    first = group_rank(model.group) * local_logits.shape[1]
+    own = silent[(silent >= first) & (silent < first + local_logits.shape[1])] - first
+    local_logits = local_logits.index_fill(1, own.to(local_logits.device), -torch.inf)
     p, found = likeliest(local_logits, count, group=model.group, vocab_size=size)
+    check_finite(p, f"the holes in {text!r}")
     words = [[tokenizer.core.id_to_token(i) for i in row] for row in found.tolist()]
     return [list(zip(*row, strict=True)) for row in zip(words, p.tolist(), strict=True)]
 
@@ -141,12 +153,15 @@ def progress(run: Path) -> list[str]:
     return said
 
 
-def demo_bert(config: DemoConfig = BERT_DEMO) -> list[Row]:
+def demo_bert(
+    config: DemoConfig = BERT_DEMO,
+    say: Say | None = None,     # None: `stages()`
+) -> list[Row]:
     """Corpus, WordPiece, training, hidden words; then 1, 2 and 4 ranks against the reference.
 
     Raises `AssertionError` if one of them differs.
     """
-    say, plan, out = stages(), demo_plan(config), config.out
+    say, plan, out = say or stages(), demo_plan(config), config.out
     tokens, tokenizer = train_on_corpus(config, plan, say)
     for line in progress(out):
         say(line)

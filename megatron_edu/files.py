@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MARK', 'LOCK', 'FORMAT', 'KINDS', 'OTHER', 'MARGIN', 'read_mark', 'changed', 'mark_folder', 'note', 'sync_folder',
            'number_of', 'lock_number', 'beside', 'kind_in', 'nearest_folder', 'check_file', 'check_folder',
-           'check_unchanged', 'check_space', 'written_files', 'written_folder', 'kind_in_place', 'empty_run',
+           'check_unchanged', 'check_space', 'written_files', 'written_folder', 'empty_run', 'rename_folder',
            'remove_files']
 
 # %% ../nbs/1_ranks/05_files.ipynb #9f1d9448
@@ -120,10 +120,16 @@ def _write_mark(folder: Path, kind: str, files: dict[str, dict]) -> None:
     sync_folder(folder)
 
 
-def mark_folder(folder: Path, kind: str) -> None:
-    "Mark a folder that is written in place, unless it has a mark: nothing of ours is in it yet."
+def mark_folder(
+    folder: Path,
+    kind: str,              # of `KINDS`
+    *names: str,            # of files in it that we wrote
+) -> None:
+    "Make and mark a folder that is written in place. ValueError if it is none of that kind."
+    check_folder(folder, kind)
+    folder.mkdir(parents=True, exist_ok=True)
     if read_mark(folder) is None:
-        _write_mark(folder, kind, {})
+        _write_mark(folder, kind, {name: _entry(folder / name) for name in names})
 
 
 def note(
@@ -173,6 +179,9 @@ def lock_number(folder: Path) -> str | None:    # None: no lock, or none that we
         return number_of(json.loads((Path(folder) / LOCK).read_text()))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+_PARTIAL = re.compile(r"\..*\.([0-9a-f]{16}-)?[0-9a-f]{8}\.partial", re.DOTALL)
 
 
 def beside(path: Path) -> Path:
@@ -226,7 +235,7 @@ def kind_in(
         return "checkpoint"
     steps = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
     first = _object(_start(folder / "metrics.jsonl").decode(errors="ignore"))
-    if any(map(_is_checkpoint, steps)) or first.keys() >= _METRICS:
+    if any(kind_in(path) == "checkpoint" for path in steps) or first.keys() >= _METRICS:
         return "run"
     pair = folder / "tokens.idx", folder / "tokens.bin"
     if _start(pair[0]).startswith(b"MMIDIDX\0\0") and pair[1].is_file():
@@ -318,7 +327,10 @@ def check_folder(
         raise ValueError(f"{path} is a folder that you may not write to; {OTHER}")
     if kind != "run" and path.is_mount():       # a run is written in its place
         raise ValueError(f"{path} is a mount point, which cannot be replaced; name a folder in it")
-    if any(each.name != LOCK for each in path.iterdir()):
+    names = {each.name for each in path.iterdir()}
+    if LOCK in names:       # a run that begins: its mark may not have its name yet
+        names = {name for name in names - {LOCK} if not _PARTIAL.fullmatch(name)}
+    if names:
         _check_content(path, kind, overwrite)
 
 
@@ -380,7 +392,7 @@ def written_files(
         if not (replace and _what_is(path) == "a file" and kind_in(path.parent) == "run"):
             check_file(path)
     made = _make_folders(paths[0].parent)
-    partial = [beside(path) for path in paths]
+    partial, named = [beside(path) for path in paths], []
     try:
         yield partial
         for written in partial:
@@ -391,10 +403,11 @@ def written_files(
             for path, written in zip(paths, partial):
                 if not replace:
                     check_file(path)
+                    named.append(path)
                 written.replace(path)
         sync_folder(paths[0].parent)
     except BaseException:
-        _remove_empty(made, partial)
+        _remove_empty(made, partial + named)
         raise
 
 
@@ -420,28 +433,21 @@ def written_folder(
     kind: str,                      # of `KINDS`
     *,
     overwrite: bool = False,        # replace one of the same kind that was not changed since
-    keep: bool = False,             # one that was changed gets another name, and is not refused
 ) -> Iterator[Path]:                # another name beside it, to write to
     "Give the folder that the block filled its mark and its name; if it fails, remove it."
     path = Path(path)
-    if not keep or kind_in_place(path) != kind:
-        check_folder(path, kind, overwrite=overwrite)
+    check_folder(path, kind, overwrite=overwrite)
     made, partial = _make_folders(path.parent), beside(path)
     try:
         partial.mkdir()
         yield partial
         _complete(partial, kind)
         with _noted(path.parent, {f"{path.name}/{MARK}": _entry(partial / MARK)}):
-            _place(partial, path, overwrite, keep)
+            _place(partial, path, overwrite)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(made, [])
         raise
-
-
-def kind_in_place(path: Path) -> str | None:
-    "The kind of folder of ours that stands at a path; None for all else. Links are not followed."
-    return kind_in(path) if _what_is(path) == "" else None
 
 
 def _complete(partial: Path, kind: str) -> None:
@@ -458,24 +464,21 @@ def _complete(partial: Path, kind: str) -> None:
     _write_mark(partial, kind, {name: _entry(partial / name) for name in _names(partial)})
 
 
-def _place(partial: Path, path: Path, overwrite: bool, keep: bool) -> None:
-    "Rename a folder that is complete. One of ours that stands there goes, or keeps another name."
-    old, removed = None, False
-    if (overwrite or keep) and _what_is(path) == "" and any(path.iterdir()):
-        removed = not keep or (read_mark(path) is not None and not changed(path))
-        if not keep:
-            check_unchanged(path)
-        kept = path.with_name(f"{path.name}.{secrets.token_hex(4)}.kept")
-        old = beside(path) if removed else kept
+def _place(partial: Path, path: Path, overwrite: bool) -> None:
+    "Rename a folder that is complete. One of ours that stands there goes, if it may."
+    old = None
+    if overwrite and path.is_dir() and any(path.iterdir()):
+        check_unchanged(path)           # again: writing took its time
+        old = beside(path)
         path.rename(old)
     try:
-        partial.rename(path)        # over an empty folder; it fails if anything else is there
+        partial.rename(path)            # over an empty folder; it fails if anything else is there
     except BaseException:
         if old is not None:
             old.rename(path)
         raise
     sync_folder(path.parent)
-    if removed:
+    if old is not None:
         _remove_noted(old)
 
 # %% ../nbs/1_ranks/05_files.ipynb #9d8cb85a
@@ -499,7 +502,20 @@ def empty_run(folder: Path) -> None:
     if any(each.name not in (LOCK, MARK) for each in folder.iterdir()):
         check_unchanged(folder)
         _remove_noted(folder)
-        mark_folder(folder, "run")
+        _write_mark(folder, "run", {})
+
+
+def rename_folder(
+    folder: Path,               # with a mark, in a folder of ours
+    path: Path,                 # its new name, beside it
+) -> None:
+    "Rename a folder of ours inside another one, whose mark follows."
+    mark = read_mark(folder.parent)
+    folder.rename(path)
+    if mark is not None:
+        entry = mark["files"].pop(f"{folder.name}/{MARK}", None)
+        new = {} if entry is None else {f"{path.name}/{MARK}": entry}
+        _write_mark(folder.parent, mark["kind"], mark["files"] | new)
 
 
 def remove_files(

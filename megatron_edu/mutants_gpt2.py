@@ -26,7 +26,7 @@ _mutant = partial(mutant, MUTANTS)
 # %% ../nbs/4_models/07_gpt2_mutants.ipynb #05f2e779
 @_mutant("tensor_parallel.linear.column_linear",
          "f: backward all-reduce left out", "section 3: f is an all-reduce backward")
-def f_left_out(real, x, weight, bias, group):
+def no_f(real, x, weight, bias, group):
     return real(x, weight, bias, None)
 
 
@@ -38,7 +38,7 @@ def f_reduces_forward(real, x, weight, bias, group):
 
 @_mutant("tensor_parallel.linear.row_linear",
          "g: forward all-reduce left out", "section 3: g is an all-reduce forward")
-def g_left_out(real, x, weight, group):
+def no_g(real, x, weight, group):
     return real(x, weight, None)
 
 
@@ -50,7 +50,7 @@ def g_reduces_backward(real, x, weight, group):
 
 @_mutant("tensor_parallel.linear.RowParallelLinear.forward",
          "row bias added before the reduction", "section 3: a replicated bias is added once")
-def bias_on_every_rank(real, layer, x):
+def row_bias_everywhere(real, layer, x):
     return reduce_from_tp(F.linear(x, layer.weight, layer.bias), layer.group)
 
 
@@ -70,7 +70,7 @@ def qkv_in_one_block(real, *sizes, blocks, **options):
 
 @_mutant("tensor_parallel.shard.Shard.merge",
          "slices of Q, K, V joined rank after rank", "a full state has Q, then K, then V")
-def joined_in_order_of_rank(real, rule, parts):
+def qkv_joined_by_rank(real, rule, parts):
     return torch.cat(parts, rule.dim)
 
 
@@ -96,7 +96,7 @@ def foreign_ids_not_zeroed(real, layer, ids):
 
 @_mutant("tensor_parallel.embedding.reduce_from_tp",
          "embedding: all-reduce left out", "section 3: g after the embedding")
-def embedding_not_reduced(real, x, group):
+def no_g_in_embedding(real, x, group):
     return x
 
 
@@ -157,7 +157,7 @@ def padding_not_hidden(real, logits, *place, **options):
 
 @_mutant("tensor_parallel.fused_loss.all_reduce_start",
          "output layer: f left out", "section 3: f before the output layer")
-def output_layer_without_f(real, x, group):
+def no_f_in_loss(real, x, group):
     return Pending(x, None)
 
 # %% ../nbs/4_models/07_gpt2_mutants.ipynb #8a4b067e

@@ -69,7 +69,7 @@ class RunConfig:
     eval_batches: int = 8                       # global batches of each validation loss
     log_every: int = 10                         # steps between lines where there is no terminal
     save_every: int = 1000                      # steps between checkpoints; one more at the end
-    resume: Literal["never", "auto"] = "never"  # auto: go on from the last checkpoint in `out`
+    resume: Literal["never", "auto"] | Path = "never"   # auto: from the last good checkpoint in `out`
 
     def __post_init__(self):
         check_kinds(self)

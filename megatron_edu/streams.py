@@ -66,19 +66,18 @@ def patient_streams() -> Iterator[None]:
         sys.stdout.flush()
     finally:
         sys.stdout, sys.stderr = before
-        _drop_if_broken(sys.stdout)
+        for stream in before:
+            _let_go(stream)
 
 
-def _drop_if_broken(stream: TextIO | None) -> None:
-    "Let the end of the interpreter find nothing to complain of: what is unsaid goes nowhere."
+def _let_go(stream: TextIO | None) -> None:
+    "Let the end of the interpreter find nothing to complain of: what cannot be said goes nowhere."
     try:
         if stream is not None:
             stream.flush()
-    except OSError as error:
-        if error.errno not in GONE:
-            raise
+    except OSError:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
-    except ValueError:
+    except ValueError:      # closed
         pass

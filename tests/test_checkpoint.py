@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from megatron_edu import reference
 from megatron_edu.config import GPT2Config
+from megatron_edu.files import MARK
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models.gpt2 import GPT2
 from megatron_edu.tensor_parallel.norm import clip_grad_norm
@@ -103,14 +104,14 @@ def test_replicas_write_once_and_the_files_are_those_of_one_rank(ranks, device, 
         opened = [safe_open(folder / name, "pt") for folder in folders]
         grid, one = ({key: file.get_tensor(key) for key in file.keys()} for file in opened)
         torch.testing.assert_close(grid, one, rtol=0, atol=1e-10)
-    assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == ["step-00000003"]
+    assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [MARK, "step-00000003"]
 
 
 def test_the_folder_holds_four_files_and_the_reference_reads_the_weights(tmp_path):
     model, optimizer = new()
     step(model, optimizer, 0)
     folder = save_checkpoint(tmp_path, 1, model, optimizer, state={"consumed": 4})
-    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert sorted(path.name for path in folder.iterdir()) == [MARK, *FILES]
     assert json.loads((folder / "config.json").read_text())["model"]["hidden_size"] == 32
     assert load_state(folder) == {"step": 1, "consumed": 4}
     plain = reference.GPT2(TINY, seed=7).double()
@@ -160,7 +161,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, numb
     monkeypatch.setattr(checkpoint, "save_file", fail_after_half)
     with pytest.raises(OSError, match=f"step-0000000{number} could not be saved .*No space left"):
         save_checkpoint(tmp_path, number, *new())
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARK, "step-00000003"]
     after = {path.name: path.read_bytes() for path in (tmp_path / "step-00000003").iterdir()}
     assert after == before
 
@@ -206,21 +207,22 @@ def test_the_disk_has_every_file_before_the_folder_has_its_name(tmp_path, monkey
     folder, synced = tmp_path / "new", []
 
     def fsync(number):
-        assert not folder.exists()
-        synced.append(os.fstat(number).st_ino)
+        synced.append((os.fstat(number).st_ino, folder.exists()))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     write_folder(folder, {"a.safetensors": {"x": torch.ones(3)}}, {"a.json": {}, "b.json": {}})
-    assert sorted(synced) == sorted(path.stat().st_ino for path in folder.iterdir())
-    assert len(synced) == 3
+    before = {number for number, named in synced if not named}
+    assert before >= {path.stat().st_ino for path in [folder, *folder.iterdir()]}
+    assert synced[-1] == (tmp_path.stat().st_ino, True)     # then the name of the folder
 
 
-def test_what_a_kill_left_is_no_part_of_the_next_folder(tmp_path):
-    for left in (".new.partial", ".new.old"):
+def test_what_others_left_under_like_names_stays(tmp_path):
+    for left in (".new.partial", ".new.old", ".new.01234567.partial"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "half.json").write_text("{")
     write_folder(tmp_path / "new", {}, {"a.json": {}})
-    assert [path.name for path in tmp_path.rglob("*")] == ["new", "a.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [MARK, "a.json"]
+    assert len(list(tmp_path.rglob("half.json"))) == 3
 
 
 LIMITED = """
@@ -243,7 +245,7 @@ def test_a_real_limit_on_the_size_of_files(tmp_path):
     command = [sys.executable, "-c", LIMITED, str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert "step-00000002 could not be saved" in out.stdout, out
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARK, "step-00000001"]
     assert load_model(tmp_path / "step-00000001").config.num_layers == 2
 
 
@@ -310,16 +312,37 @@ def test_a_damaged_folder_says_which_file_and_what_to_do(tmp_path, kind):
 def test_state_and_moments_are_checked_too(tmp_path):
     first_steps(tmp_path, 1)
     folder = tmp_path / "step-00000003"
-    save_file({}, folder / "optimizer.safetensors")
-    with pytest.raises(ValueError, match="wte.weight"):
+    save_file({"exp_avg.surplus": torch.zeros(2)}, folder / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="no parameter surplus"):
+        load_optimizer(folder, *new())
+    save_file({"exp_avg.ln_f.bias": torch.zeros(2)}, folder / "optimizer.safetensors")
+    with pytest.raises(ValueError, match="ln_f.bias has shape .2,. .* needs .32,."):
+        load_optimizer(folder, *new())
+    (folder / "optimizer.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="optimizer.safetensors is not a whole"):
         load_optimizer(folder, *new())
     for state in ('{"consumed": 3}', '{"step": "3"}'):
         (folder / "state.json").write_text(state)
         with pytest.raises(ValueError, match="state.json names no step"):
             load_state(folder)
+
+
+@pytest.mark.parametrize("kept", [[], ["ln_f.bias", "wte.weight"]])
+def test_parameters_without_moments_begin_without(tmp_path, kept):
+    "As of a head that no loss reads. Their age is that of a first step, too."
+    first_steps(tmp_path, 1)
+    folder = tmp_path / "step-00000003"
+    with safe_open(folder / "optimizer.safetensors", "pt") as file:
+        own = {key: file.get_tensor(key) for key in file.keys() if key.split(".", 1)[1] in kept}
+    save_file(own, folder / "optimizer.safetensors")
+    model, optimizer = new()
+    load_optimizer(folder, model, optimizer)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert sorted(names[id(p)] for p in optimizer.state) == kept
     (folder / "optimizer.safetensors").unlink()
-    with pytest.raises(ValueError, match="optimizer.safetensors is not a whole"):
-        load_optimizer(folder, *new())
+    model, optimizer = new()
+    load_optimizer(folder, model, optimizer)
+    assert not optimizer.state
 
 
 def test_weights_of_another_model_are_refused(tmp_path):

@@ -1,7 +1,6 @@
 "The command line, in this process where one rank is enough: what it does and how it refuses."
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -737,7 +736,7 @@ def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == f"{len(file)} documents, {file.num_tokens:,} tokens in {out}\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "tokenizer.json", "tokens.bin", "tokens.idx"
+        "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"
     ]
     assert load_tokenizer(tmp_path / "out").core.get_vocab() == (
         load_tokenizer(given).core.get_vocab()
@@ -1194,10 +1193,12 @@ def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):
 
 
 def test_the_demo_of_each_model_is_called(monkeypatch, tmp_path):
-    called = {}
+    called, lights = {}, []
+    monkeypatch.setattr(demo_verb, "show_lights", lambda kind, say: lights.append(kind) or True)
     for model, name in (("gpt2", "demo"), ("bert", "demo_bert")):
-        monkeypatch.setattr(demo_verb, name, functools.partial(called.__setitem__, model))
+        monkeypatch.setattr(demo_verb, name, lambda asked, say, m=model: called.update({m: asked}))
     cli.main(["demo", "--out", str(tmp_path), "--steps", "3"])
     cli.main(["demo", "--model", "bert", "--tp", "4"])
+    assert lights == ["gpt2", "bert"]
     assert (called["gpt2"].model, called["gpt2"].steps, called["gpt2"].out) == ("gpt2", 3, tmp_path)
     assert (called["bert"].model, called["bert"].steps, called["bert"].tp) == ("bert", 2000, 4)

@@ -1,8 +1,11 @@
 "Text sources: nothing lost, nothing held, and a bad line or byte stops the stream with its place."
 
+import gzip
 import hashlib
 import io
 import json
+import lzma
+import os
 import random
 import re
 import subprocess
@@ -106,6 +109,13 @@ def test_line_ends_and_the_byte_order_mark_are_taken_off(tmp_path):
         ('{"body": "x", "id": 1}', "no string in field 'text' (found: ['body', 'id'])"),
         ('{"text": 3}', "no string in field 'text'"),
         (r'{"text": "\ud83d"}', "half a surrogate pair"),
+        ('{"text": "x", "n": ' + "9" * 5000 + "}", "is not JSON (Exceeds the limit"),
+        ('{"text": "x"' + ', "n": [' * 50_000, "is not JSON"),
+        ('{"text": "x", "text": "y"}', "is not JSON (field 'text' stands there twice)"),
+        ('{"text": "x"} {"text": "y"}', "is not JSON (Extra data"),
+        ('{"a": 1, ' + ", ".join(f'"k{k}": 1' for k in range(9999)) + "}", "no string in field"),
+        ('{"text": null}', "no string in field 'text'"),
+        ("NaN", "no string in field 'text' (found: float)"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, found):
@@ -119,6 +129,12 @@ def test_a_bad_line_is_named(tmp_path, line, found):
     assert len(str(error.value)) < 1000
 
 
+@pytest.mark.parametrize("more", ['"n": 1e999', '"n": -Infinity', '"n": {"x": 1, "x": 2}', '"n": 7e-9'])
+def test_other_fields_may_hold_anything(tmp_path, more):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "one", {more}}}')
+    assert list(read_documents(tmp_path)) == ["one"]
+
+
 def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"words": "🙂"}))
     assert list(read_documents(tmp_path, text_field="words")) == ["🙂"]
@@ -127,7 +143,26 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_bytes_that_are_no_text_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(b'{"text": "caf\xe9"}\n')
-    with pytest.raises(ValueError, match=rf"{name}: byte 0xe9 is not UTF-8.*convert"):
+    with pytest.raises(ValueError, match=rf"{name}, line 1: byte 0xe9 is not UTF-8.*convert"):
+        list(read_documents(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"ab\ncd\n\nne\xff", "line 4: byte 0xff is not UTF-8"),
+        ("é\n".encode() * 600_000 + b"\xc3", "line 600001: byte 0xc3 is not UTF-8 (unexpected end"),
+        ("one two\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8 .* it is UTF-16; convert it"),
+        ("one two".encode("utf-16-be"), "line 1: a byte of zero.* is it UTF-16"),
+        (b"one\n\n" + b"two\n" * 9000 + b"a\0b", "line 9003: a byte of zero"),
+        (gzip.compress(b"one two"), "line 1: byte 0x8b is not UTF-8 .* compressed; unpack it with gun"),
+        (b"PK\x03\x04\x14\0\0\0", "line 1: a byte of zero.* a zip archive; unpack it"),
+        (lzma.compress(b"one two"), "line 1: byte 0xfd is not UTF-8 .* unpack it with unxz"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named_with_line_and_remedy(tmp_path, content, words):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=words.replace("(", r"\(").replace("a.txt", r"a\.txt")):
         list(read_documents(tmp_path))
 
 
@@ -137,13 +172,42 @@ def test_bytes_that_are_no_text_are_named(tmp_path, name):
         ("none.txt", "no such path"),
         ("empty", "folder without text"),
         ("table.csv", "file that is not read"),
+        ("pipe.txt", "a pipe or a device, not a file"),
+        ("pipes", r"inside\.jsonl: a pipe or a device"),
+        ("nowhere.txt", "a link to nothing"),
+        ("itself.txt", "a link to nothing"),
+        ("links", r"dead\.txt: a link to nothing"),
     ],
 )
 def test_a_path_without_text_is_refused_at_the_call(tmp_path, name, message):
-    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "pipes", "links"):
+        (tmp_path / folder).mkdir()
     (tmp_path / "table.csv").write_text("1,2")
+    os.mkfifo(tmp_path / "pipe.txt")
+    os.mkfifo(tmp_path / "pipes" / "inside.jsonl")
+    (tmp_path / "nowhere.txt").symlink_to(tmp_path / "absent.txt")
+    (tmp_path / "itself.txt").symlink_to(tmp_path / "itself.txt")
+    (tmp_path / "links" / "dead.txt").symlink_to(tmp_path / "absent.txt")
     with pytest.raises(ValueError, match=message):
         read_documents(tmp_path / name)
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path):
+    (tmp_path / "a" / "b.txt").mkdir(parents=True)
+    (tmp_path / "a" / "b.txt" / "1.TXT").write_text("one")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "2.txt").write_text("two")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "z").symlink_to(tmp_path / "other")
+    assert list(read_documents(tmp_path / "a")) == ["one", "two"]
+
+
+def test_documents_know_their_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n" * 9000)
+    (tmp_path / "b.jsonl").write_text('\n{"text": "x"}\n\n{"text": "y"}\n')
+    places = [(document.path[-7:], document.line) for document in read_documents(tmp_path)]
+    assert [line for path, line in places if path.endswith("a.txt")] == [1, 4097, 8193]
+    assert [line for path, line in places if path.endswith("b.jsonl")] == [2, 4]
 
 
 def test_an_empty_corpus_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 "Megatron's .bin/.idx: the same bytes, whole files or none, and no token that was not written."
 
+import os
 import pickle
 import re
 import signal
@@ -191,13 +192,72 @@ def test_a_negative_size_is_refused_where_all_sums_agree(small):
     [
         (lambda c: b"XMIDIDX" + c[7:], "begins with b'XMIDIDX"),
         (lambda c: c[:9] + b"\x02" + c[10:], "version 2 .* known are version 1"),
-        (lambda c: c[:17] + b"\x06" + c[18:], "token type 6;"),
+        (lambda c: c[:17] + b"\x06" + c[18:], r"token type 6 \(numbers with a fraction.*uint16;"),
         (lambda c: c[:18] + b"\x04" + c[19:], "cut short: it has 102 bytes, where 4 sequences"),
     ],
 )
 def test_messages_name_value_and_rule(small, change, message):
     spoil(small, "idx", change)
     with pytest.raises(ValueError, match=message):
+        TokenFile(small)
+
+
+def test_sequence_modes_of_text_are_read(small):
+    spoil(small, "idx", lambda content: content + bytes(3))
+    assert [each.tolist() for each in TokenFile(small)] == [[1, 2, 3], [4], [5, 6]]
+    assert TokenFile(small).document_starts.tolist() == [0, 3, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("modes", "words"),
+    [
+        ([0, 1, 0], r"sequence modes, and 1 of 3 are not 0 \(sequence 1: mode 1\): a multimodal"),
+        ([-1, 2, 2], r"3 of 3 are not 0 \(sequence 0: mode -1\)"),
+        ([0, 0], "too long: it has 104 bytes"),
+        ([0, 0, 0, 0], "too long: it has 106 bytes"),
+    ],
+)
+def test_other_modes_and_other_lengths_are_refused_by_name(small, modes, words):
+    spoil(small, "idx", lambda content: content + np.array(modes, "i1").tobytes())
+    with pytest.raises(ValueError, match=rf"small\.idx: .*{words}"):
+        TokenFile(small)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c[:18] + struct.pack("<Q", 2**60) + c[26:], f"where {2**60} sequences and 4"),
+        (lambda c: c[:18] + struct.pack("<QQ", 2**64 - 1, 2**64 - 1) + c[34:], "cut short"),
+        (lambda c: c[:26] + struct.pack("<Q", 2**61) + c[34:], f"and {2**61} document offsets"),
+        (lambda c: c[:26] + struct.pack("<Q", 0) + c[34:], "too long"),
+        (lambda c: c[:26] + struct.pack("<Q", 0) + c[34:70], "contradict each other"),
+        (lambda c: c[:34] + struct.pack("<3i", *[2**31 - 1] * 3) + c[46:], "contradict"),
+        (lambda c: c[:46] + struct.pack("<3q", 0, -(2**62), 8) + c[70:], "contradict"),
+        (lambda c: c[:70] + struct.pack("<4q", 0, 2**40, 2**41, 3) + c[102:], "contradict"),
+        (lambda c: c[:17] + bytes([7]) + c[18:], r"token type 7 \(numbers with a fraction"),
+        (lambda c: c[:17] + bytes([255]) + c[18:], "token type 255; known"),
+        (lambda c: b"TNTIDX\0\0" + c[8:], "as an index of fairseq's older format does"),
+        (lambda c: c[::-1], "begins with"),
+        (lambda c: bytes(len(c)), "begins with"),
+        (lambda c: b"", "begins with b''"),
+    ],
+)
+def test_an_index_of_any_numbers_is_refused_in_little_memory(small, change, words):
+    spoil(small, "idx", change)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"small\.idx: .*{words}"):
+        TokenFile(small)
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: os.mkfifo(path)])
+def test_what_is_no_file_is_named(small, ending, make):
+    path = small.with_name(f"small.{ending}")
+    path.unlink()
+    make(path)
+    with pytest.raises(ValueError, match=rf"small\.{ending}: not a file"):
         TokenFile(small)
 
 
@@ -245,10 +305,19 @@ def test_a_document_of_more_tokens_than_the_format_counts(tmp_path, monkeypatch)
 def test_an_interrupted_write_leaves_what_was_there(small, failure):
     before = files_in(small.parent)
     with pytest.raises(failure):
-        with TokenFileWriter(small, 100) as writer:
+        with TokenFileWriter(small.with_name("other"), 100) as writer:
             writer.append([9] * 1_000_000)
             writer.end_document()
             raise failure
+    assert files_in(small.parent) == before
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])      # of the half that is gone
+def test_a_name_that_is_taken_is_refused_before_a_document_is_read(small, ending):
+    small.with_name(f"small.{ending}").unlink()
+    before, read = files_in(small.parent), (pytest.fail("read") for _ in range(1))
+    with pytest.raises(ValueError, match="is a file already, and nothing is written over"):
+        tokenize_to_file(read, train_tokenizer(["text"], 260), small)
     assert files_in(small.parent) == before
 
 
@@ -264,35 +333,41 @@ def test_a_killed_writer_leaves_nothing_under_the_final_names(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     names = sorted(files_in(tmp_path))
-    assert len(names) == 1 and re.fullmatch(r"x\.bin\.[0-9a-f]{8}\.partial", names[0])
+    assert len(names) == 1 and re.fullmatch(r"\.x\.bin\.[0-9a-f]{8}\.partial", names[0])
 
 
-def test_a_full_disk_leaves_the_old_file_whole(small):
+def test_a_full_disk_leaves_what_was_there(small):
     before = files_in(small.parent)
     program = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from megatron_edu.data.token_writer import TokenFileWriter\n"
         "with TokenFileWriter(sys.argv[1], 100) as writer: writer.append([7] * 3_000_000)\n"
     )
-    command = [sys.executable, "-c", program, str(small)]
+    command = [sys.executable, "-c", program, str(small.with_name("other"))]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "OSError" in result.stderr
     assert files_in(small.parent) == before
 
 
-def test_tokens_never_meet_the_index_of_others(small, monkeypatch):
-    replace = type(small).replace
+@pytest.mark.parametrize("stops", [False, True])
+def test_no_index_is_ever_there_without_its_tokens(tmp_path, monkeypatch, stops):
+    replace, moments = type(tmp_path).replace, []
 
-    def stopped(self, target):
-        if self.name.startswith("small.idx"):
+    def watched(self, target):
+        if stops and ".idx." in self.name:
             raise OSError("stopped between the two renames")
-        return replace(self, target)
+        replace(self, target)
+        moments.append(sorted(path.name for path in tmp_path.glob("x.*")))
 
-    monkeypatch.setattr(type(small), "replace", stopped)
-    with pytest.raises(OSError, match="between"):
-        write(small, [[7, 8, 9], [9], [9, 9]], 100)
-    with pytest.raises(ValueError, match="no such file"):
-        TokenFile(small)
+    monkeypatch.setattr(type(tmp_path), "replace", watched)
+    if stops:
+        with pytest.raises(OSError, match="between"):
+            write(tmp_path / "x", [[7, 8, 9]], 100)
+        assert files_in(tmp_path) == {}
+    else:
+        write(tmp_path / "x", [[7, 8, 9]], 100)
+        assert moments[1] == ["x.bin", "x.idx"]
+    assert moments[0] == ["x.bin"]
 
 
 def test_reads_stay_inside_the_file(small):
@@ -349,4 +424,4 @@ def test_no_documents_are_refused_and_leave_nothing(tmp_path):
     tokenizer = train_tokenizer(["text"], 260)
     with pytest.raises(ValueError, match="no documents to write"):
         tokenize_to_file([], tokenizer, tmp_path / "deep" / "x")
-    assert files_in(tmp_path / "deep") == {}
+    assert files_in(tmp_path) == {}

@@ -268,7 +268,7 @@ def test_bf16_multiplies_coarsely_and_keeps_fp32_weights(tmp_path, tokens):
 
 @pytest.mark.parametrize("dp", [1, 2])
 def test_nan_stops_names_the_step_and_keeps_the_checkpoint(ranks, device, tmp_path, tokens, dp):
-    config = plan(tmp_path, dp=dp, optimizer=OptimizerConfig(lr=3e38, warmup_steps=0), save_every=1)
+    config = plan(tmp_path, dp=dp, optimizer=OptimizerConfig(lr=1e30, warmup_steps=0), save_every=1)
     message = "step 2: loss nan.* weights are those of step 1.*step-00000001; lower the learning"
     with pytest.raises((FloatingPointError, RuntimeError), match=message):
         data = tokens, device
@@ -279,9 +279,19 @@ def test_nan_stops_names_the_step_and_keeps_the_checkpoint(ranks, device, tmp_pa
 
 
 def test_nan_before_any_checkpoint_says_that_there_is_none(tmp_path, tokens):
-    config = plan(tmp_path, optimizer=OptimizerConfig(lr=3e38, warmup_steps=0))
+    config = plan(tmp_path, optimizer=OptimizerConfig(lr=1e30, warmup_steps=0))
     with pytest.raises(FloatingPointError, match="step 2: .* the last checkpoint is none; lower"):
         run_here(config, tokens)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_weights_that_are_not_finite_are_not_saved(ranks, device, tmp_path, tokens, tp):
+    "The loss of the step was finite: its update was not."
+    config = plan(tmp_path, tp=tp, optimizer=OptimizerConfig(lr=3e38, warmup_steps=0), save_every=1)
+    with pytest.raises((FloatingPointError, RuntimeError), match="step 1: .* is not saved; .* none"):
+        data = tokens, device
+        run_here(config, *data) if tp == 1 else ranks(2)(run_quietly, config, *data)
+    assert latest_checkpoint(tmp_path) is None
 
 
 def test_nan_in_the_gradient_alone_stops_before_the_weights_change(tmp_path, tokens, monkeypatch):
@@ -442,15 +452,17 @@ def test_a_full_disk_loses_no_line_of_the_metrics(tmp_path, monkeypatch):
     lines = [{"step": number, "loss": 1.0} for number in range(1, 5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
-    def full(path, text):
-        with path.open("w") as stream:
-            stream.write(text[:7])
+    def full(path, content):
+        with path.open("wb") as stream:
+            stream.write(content[:7])
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full)
+        patched.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space"):
             journal._keep_lines(tmp_path, 2)
     assert read_metrics(tmp_path) == lines and len(list(tmp_path.iterdir())) == 1
     journal._keep_lines(tmp_path, 2)
     assert read_metrics(tmp_path) == lines[:2]
+    dropped = (tmp_path / journal.DROPPED).read_text().splitlines()
+    assert [json.loads(line) for line in dropped] == lines[2:]

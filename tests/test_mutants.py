@@ -96,14 +96,14 @@ def test_who_sees_a_bias_that_is_whole(ranks, device, name, subject, tp):
 
 # What the loss, which is right to the last bit, does not see; and what sees it.
 SILENT = {
-    "f_left_out": ["sharded", "replicated", "norm"],
+    "no_f": ["sharded", "replicated", "norm"],
     "g_reduces_backward": ["sharded", "replicated", "norm"],
     "embedding_reduces_backward": ["sharded", "norm"],
     "tied_output_half_missing": ["sharded", "norm"],
     "position_gradient_summed": ["replicated", "norm"],
     "replicated_counted_everywhere": ["norm"],
     "norm_not_reduced": ["norm"],
-    "joined_in_order_of_rank": ["weights"],
+    "qkv_joined_by_rank": ["weights"],
     "weights_drawn_per_rank": ["weights"],
     "one_stream_for_all": ["masks"],
     "stream_not_put_back": ["masks"],

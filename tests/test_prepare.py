@@ -31,7 +31,7 @@ def texts_of(folder):
 def test_the_text_comes_back(lines, tmp_path):
     file = prepare((lines,), tmp_path / "out", vocab_size=300, text_field="body")
     assert texts_of(tmp_path / "out") == TEXTS and len(file) == 3
-    names = ["tokenizer.json", "tokens.bin", "tokens.idx"]
+    names = ["source.json", "tokenizer.json", "tokens.bin", "tokens.idx"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
@@ -147,7 +147,7 @@ def test_for_bert_the_sentences_come_back(stories, tmp_path):
     out = tmp_path / "out"
     file = prepare((stories,), out, vocab_size=90, text_field="body", model="bert")
     assert sentences_of(out) == SENTENCES and find_token_file(out) == out / "tokens"
-    names = ["tokenizer.json", "tokens.bin", "tokens.idx"]
+    names = ["source.json", "tokenizer.json", "tokens.bin", "tokens.idx"]
     assert sorted(path.name for path in out.iterdir()) == names
     batch = BertSamples(file, load_wordpiece(out / "tokenizer.json"), 16, 4).batch(range(4))
     assert batch["input_ids"].shape == (4, 16)

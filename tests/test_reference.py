@@ -491,7 +491,7 @@ print(*sorted(name for name in sys.modules if name.startswith("megatron_edu")))
 """
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    modules = ["", ".config", ".reference", ".reference.bert", ".reference.gpt2"]
+    modules = ["", ".checks", ".config", ".reference", ".reference.bert", ".reference.gpt2"]
     assert run.stdout.split() == ["megatron_edu" + module for module in modules]
 
 
@@ -504,6 +504,7 @@ def test_the_reference_imports_no_collective():
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add("." * node.level + (node.module or ""))
-    known = {"math", "collections.abc", "typing", "torch", "torch.nn.functional", "..config"}
+    known = {"math", "collections.abc", "typing", "torch", "torch.nn.functional"}
+    known |= {"..checks", "..config"}
     assert found == known
     assert "distributed" not in Path(gpt2.__file__).read_text(encoding="utf-8")

@@ -103,6 +103,7 @@ def net(verb: str) -> Iterator[None]:
     with patient_streams(), signals_raise(), remarks(verb):
         try:
             yield
+            sys.stdout.flush()
             return
         except SystemExit:
             raise

@@ -40,6 +40,7 @@ class WordPiece(Codec):
     """
 
     def __init__(self, core: tokenizers.Tokenizer):
+        super().__init__(core)
         vocab = core.get_vocab()
         missing = [token for token in SPECIAL if token not in vocab]
         if missing:
@@ -54,8 +55,12 @@ class WordPiece(Codec):
                 f"a {kind} tokenizer with {prefix!r} before pieces that go on with a word; BERT's "
                 f"is a WordPiece with {CONTINUES!r}; use BERT's, or train one with train_wordpiece"
             )
+        if core.model.unk_token != "[UNK]":
+            raise ValueError(
+                f"a WordPiece that writes {core.model.unk_token!r} for an unknown word; BERT's "
+                "writes '[UNK]'; use BERT's, or train one with train_wordpiece"
+            )
         core.add_special_tokens(list(SPECIAL))
-        super().__init__(core)
         self.special_ids: tuple[int, ...] = tuple(vocab[token] for token in SPECIAL)
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = self.special_ids
         frame = ("[SEP]", self.sep_id), ("[CLS]", self.cls_id)
@@ -69,10 +74,10 @@ def count_words(
     documents: Iterable[str],
 ) -> Counter:
     "The words of a text as the tokenizer cuts them, and how often each is met."
-    words = Counter()
+    words, longest = Counter(), core.model.max_input_chars_per_word     # a longer one is [UNK]
     for text in documents:
         pairs = core.pre_tokenizer.pre_tokenize_str(core.normalizer.normalize_str(text))
-        words.update(word for word, _ in pairs)
+        words.update(word for word, _ in pairs if len(word) <= longest)
     return words
 
 

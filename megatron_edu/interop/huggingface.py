@@ -6,12 +6,16 @@
 __all__ = ['LOADERS', 'SAVERS', 'load_huggingface', 'save_huggingface']
 
 # %% ../../nbs/7_using/00_huggingface.ipynb #d89a142e
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
+from ..data.tokenizer import Tokenizer
+from ..data.wordpiece import WordPiece
+from .checks import read_fields
 from .huggingface_bert import load_bert, save_bert
-from .huggingface_gpt2 import load_gpt2, read_fields, save_gpt2
+from .huggingface_gpt2 import load_gpt2, save_gpt2
 from ..models.bert import Bert
 from ..models.gpt2 import GPT2
 
@@ -23,30 +27,38 @@ SAVERS = {GPT2: save_gpt2, Bert: save_bert}
 def load_huggingface(
     folder: str | Path,                             # as `save_pretrained` writes it
     group: dist.ProcessGroup | None = None,         # tensor-parallel group
+    *,
+    vocab_multiple: int | None = None,  # the vocabulary's rows are rounded up to it; None: 1024
 ) -> GPT2 | Bert:
     """A `transformers` GPT-2, BERT or MegatronBert split over `group`, in float32.
 
     A BERT's heads that the folder lacks get initial weights, with a warning. Raises `ValueError`
-    for another kind of model and for other missing weights.
+    for another kind of model and for missing, surplus or damaged weights.
     """
     model_type = read_fields(folder, LOADERS)["model_type"]
-    return LOADERS[model_type](folder, group)
+    return LOADERS[model_type](folder, group, vocab_multiple=vocab_multiple)
 
 
 def save_huggingface(
     model: GPT2 | Bert,
-    folder: str | Path,     # is written whole or not at all
+    folder: str | Path,                                 # is written whole or not at all
+    tokenizer: Tokenizer | WordPiece | None = None,     # goes along
+    *,
+    overwrite: bool = False,                            # replace a folder that we wrote
+    check: Callable[[Path], None] | None = None,        # called before the folder has its name
 ) -> None:
     """Write a folder that `transformers` reads: GPT2LMHeadModel, BertForPreTraining (post-LN) or
     MegatronBertForPreTraining (pre-LN).
 
-    All ranks of the group call it; the first one writes. Raises `ValueError` for a folder that
-    holds something, and for another kind of model.
+    All ranks of the group call it; the first one writes. Every rank raises `ValueError` for a
+    folder that is not ours to write, `OSError` if it cannot be written, and what `check` raises
+    with the folder that is written but not yet named; then nothing is left. `TypeError` for
+    another kind of model.
     """
     for kind, save in SAVERS.items():
         if isinstance(model, kind):
-            return save(model, folder)
-    raise ValueError(
+            return save(model, folder, tokenizer, overwrite=overwrite, check=check)
+    raise TypeError(
         f"a {type(model).__module__}.{type(model).__name__} cannot be written; "
         f"pass a {' or '.join(kind.__name__ for kind in SAVERS)} of megatron_edu.models, unwrapped"
     )

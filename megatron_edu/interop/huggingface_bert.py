@@ -4,24 +4,39 @@
 
 # %% auto #0
 __all__ = ['LAYER_NORM', 'HEADS', 'QKV', 'TABLES', 'LINEARS', 'LAYER', 'AROUND', 'READ_OFF', 'SIZES', 'ALLOWED', 'DROPOUTS',
-           'OLD', 'TIED', 'BUFFERS', 'PADDED', 'names', 'head_of', 'read_config', 'plain_names', 'load_bert',
-           'save_bert']
+           'LAYOUT', 'PADDED', 'names', 'head_of', 'read_config', 'load_bert', 'part_shapes', 'save_bert']
 
 # %% ../../nbs/7_using/05_huggingface_bert.ipynb #f8e4559c
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ..comm import group_rank
+from ..checks import check_kind
 from ..config import BertConfig
-from .huggingface_gpt2 import GELU, WEIGHTS, check_fields, check_new
-from .huggingface_gpt2 import check_tensors, one_dropout, pad_vocabulary
-from .huggingface_gpt2 import read_fields, read_tensors, warn
+from ..data.wordpiece import WordPiece
+from megatron_edu.interop.checks import (
+    Layout,
+    by_name,
+    check_fields,
+    check_layers,
+    check_memory,
+    check_stored,
+    check_surplus,
+    list_tensors,
+    number_field,
+    one_dropout,
+    read_fields,
+    read_stored,
+    warn,
+    weight_shape,
+)
+from .folder import check_target, save_folder
+from .huggingface_gpt2 import GELU, pad_vocabulary, padded
 from ..models.bert import Bert
 from ..reference.bert import initial_weights
 from ..tensor_parallel.shard import gather_state_dict, shard_state_dict
-from ..training.checkpoint import write_folder
 
 # %% ../../nbs/7_using/05_huggingface_bert.ipynb #c08179ba
 LAYER_NORM = {"bert": "post", "megatron-bert": "pre"}       # model_type -> where they stand
@@ -98,39 +113,23 @@ def read_config(
         **{own: fields[theirs] for own, theirs in SIZES.items()},
         dropout=one_dropout(folder, fields, DROPOUTS, group),
         gelu=GELU[fields["hidden_act"]],
-        layer_norm_eps=fields.get("layer_norm_eps", 1e-12),
-        init_std=fields.get("initializer_range", 0.02),
+        layer_norm_eps=number_field(folder, fields, "layer_norm_eps", 1e-12, 0, 1e3),
+        init_std=number_field(folder, fields, "initializer_range", 0.02, 0, 1e3),
         layer_norm=LAYER_NORM[fields["model_type"]],
     )
 
 # %% ../../nbs/7_using/05_huggingface_bert.ipynb #1e3e55ac
-OLD = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-TIED = {    # a second name -> the first
-    "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-
-
-def plain_names(
-    folder: str | Path,                     # for messages
-    tensors: dict[str, torch.Tensor],       # as a folder names them
-) -> dict[str, torch.Tensor]:               # as `names` does
-    "Each weight once, under its present name. `ValueError` if what should be tied is not."
-    found = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("bert.")
-        for old, new in OLD.items():
-            name = name.replace(old, new)
-        found[name] = tensor
-    for second, first in TIED.items():
-        copy = found.pop(second, None)
-        if copy is not None and not torch.equal(found.setdefault(first, copy), copy):
-            raise ValueError(
-                f"{folder}: {second} differs from {first}, and is one tensor with it here; "
-                "use a model in which they are tied"
-            )
-    return {name: tensor for name, tensor in found.items() if name not in BUFFERS}
+LAYOUT = Layout(
+    prefix="bert.",
+    layers="encoder.layer.",
+    own=("embeddings.", "encoder.", "cls.predictions."),
+    tied={
+        "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    older={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    buffers=r"embeddings\.(position_ids|token_type_ids)",
+)
 
 # %% ../../nbs/7_using/05_huggingface_bert.ipynb #4ebf947b
 PADDED = ("wte.weight", "mlm.bias")     # a row, or a number, for each token
@@ -139,19 +138,29 @@ PADDED = ("wte.weight", "mlm.bias")     # a row, or a number, for each token
 def load_bert(
     folder: str | Path,                             # as `save_pretrained` writes it
     group: dist.ProcessGroup | None = None,         # tensor-parallel group
+    *,
+    vocab_multiple: int | None = None,              # rows are rounded up to it; None: 1024
 ) -> Bert:
     """A `transformers` BERT (post-LN) or MegatronBert (pre-LN) split over `group`, in float32.
 
     Heads that the folder lacks get initial weights; a warning names them, another what is left
-    out. Raises `ValueError` for other kinds of model and for a trunk or head that is not whole.
+    out. Raises `ValueError` for other kinds of model, for a trunk or head that is not whole, and
+    for surplus and damaged weights.
     """
-    config = read_config(folder, group)
-    theirs = plain_names(folder, read_tensors(folder))
+    check_kind("group", group, dist.ProcessGroup | None)
+    config = padded(read_config(folder, group), vocab_multiple)
+    check_memory(folder, config)
+    stored = list_tensors(Path(folder))
+    check_layers(folder, LAYOUT, stored, "num_hidden_layers", config.num_layers)
     table = names(config)
-    present = {head_of(own) for own, parts in table.items() if theirs.keys() & set(parts)}
+    known = {name for parts in table.values() for name in parts}
+    found = by_name(LAYOUT, stored)
+    present = {head_of(own) for own, parts in table.items() if found.keys() & set(parts)}
     table = {own: parts for own, parts in table.items() if head_of(own) in present | {None}}
-    needed = [name for parts in table.values() for name in parts]
-    check_tensors(folder, theirs, needed)
+    shapes = part_shapes(table, config)
+    check_stored(folder, found, shapes)
+    check_surplus(folder, LAYOUT, found, known, group)
+    theirs = read_stored(folder, found, shapes, group)
     full = {own: torch.cat([theirs[name] for name in parts]) for own, parts in table.items()}
     for own in PADDED:
         if own in full:
@@ -161,25 +170,37 @@ def load_bert(
         text = "which start from initial weights: train them before use"
         warn(group, f"{folder} has no {', no '.join(absent)}, {text}")
         full = dict(initial_weights(config, seed=1)) | full
-    surplus = sorted(theirs.keys() - set(needed))
-    if surplus:
-        text = "have no place here and are left out"
-        warn(group, f"{folder}: {len(surplus)} of {len(theirs)} tensors {text}, {surplus[0]} first")
     model = Bert(config, group)
     model.load_state_dict(shard_state_dict(full, model))
     return model
 
+
+def part_shapes(
+    table: dict[str, tuple[str, ...]],      # from `names`
+    config: BertConfig,
+) -> dict[str, tuple[int, ...]]:            # by their names
+    "The shapes that a configuration makes their tensors."
+    shapes = {}
+    for own, parts in table.items():
+        rows, *columns = weight_shape(own, config)
+        shapes |= dict.fromkeys(parts, (rows // len(parts), *columns))
+    return shapes
+
 # %% ../../nbs/7_using/05_huggingface_bert.ipynb #67f06418
 def save_bert(
     model: Bert,
-    folder: str | Path,     # is written whole or not at all
+    folder: str | Path,                     # is written whole or not at all
+    tokenizer: WordPiece | None = None,     # goes along
+    *,
+    overwrite: bool = False,                # replace a folder that we wrote
+    check: Callable[[Path], None] | None = None,    # called with the folder before it has its name
 ) -> None:
     """Write a folder that `BertForPreTraining` (post-LN) or `MegatronBertForPreTraining` reads.
 
-    All ranks of the group call it; the first one writes.
-    Raises `ValueError` for a folder that holds something.
+    All ranks of the group call it; the first one writes. Raises `ValueError` for a folder that
+    holds something, `OSError` if it cannot be written: both on every rank.
     """
-    check_new(folder)
+    check_target(model, folder, tokenizer, overwrite)
     config = model.config
     full = gather_state_dict(model)
     for own in PADDED:
@@ -199,5 +220,4 @@ def save_bert(
         "layer_norm_eps": config.layer_norm_eps, "initializer_range": config.init_std,
         **dict.fromkeys(DROPOUTS, config.dropout),
     }
-    if group_rank(model.group) == 0:
-        write_folder(Path(folder), {WEIGHTS: tensors}, {"config.json": fields})
+    save_folder(model, folder, tensors, fields, tokenizer, overwrite=overwrite, check=check)

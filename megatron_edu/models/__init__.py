@@ -8,6 +8,7 @@ __all__ = ['MODELS', 'build_model', 'Bert', 'BertConfig', 'GPT2', 'GPT2Config', 
 # %% ../../nbs/4_models/00_models.ipynb #b5d2d2ae
 import torch.distributed as dist
 
+from ..checks import check_kind
 from ..config import PRESETS, BertConfig, GPT2Config, ModelConfig
 from .bert import Bert
 from .gpt2 import GPT2, Trunk
@@ -25,4 +26,5 @@ def build_model(
     seed: int = 1,                              # of the initial weights
 ) -> Trunk:
     "The model that a configuration describes. Raises `ValueError` as that model does."
+    check_kind("config", config, GPT2Config | BertConfig)
     return MODELS[type(config)](config, group, seed=seed)

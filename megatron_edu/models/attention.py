@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ..comm import group_size
+from ..checks import check_kind
 from ..config import ModelConfig
 from ..tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from ..tensor_parallel.random import sharded_randomness
-from ..tensor_parallel.shard import check_divides
+from ..tensor_parallel.shard import check_divides, checked_size
 
 # %% ../../nbs/4_models/02_attention.ipynb #f898899a
 class Attention(nn.Module):
@@ -31,7 +31,8 @@ class Attention(nn.Module):
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
     ):
         super().__init__()
-        check_divides("num_heads", config.num_heads, group_size(group))
+        check_kind("config", config, ModelConfig)
+        check_divides("num_heads", config.num_heads, checked_size(group))
         self.config = config
         self.group = group
         self.qkv = ColumnParallelLinear(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import check_kind
 from ..comm import group_size
 from ..config import BertConfig
 from .block import Block
@@ -42,6 +43,7 @@ class _Layers(Trunk):
         config: BertConfig,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group; None: one device
     ):
+        check_kind("config", config, BertConfig)
         super().__init__(config, group)
         h = config.hidden_size
         post = config.layer_norm == "post"

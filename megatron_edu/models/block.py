@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..checks import check_kind
 from ..config import ModelConfig
 from .attention import Attention
 from .mlp import MLP
@@ -27,6 +28,7 @@ class Block(nn.Module):
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
     ):
         super().__init__()
+        check_kind("config", config, ModelConfig)
         self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attn = Attention(config, group)
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

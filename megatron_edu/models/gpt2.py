@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import check_kind
 from ..comm import group_size
 from ..config import GPT2Config, ModelConfig, round_up
 from .block import Block
-from ..reference.gpt2 import check_labels, initial_weights, token_weights
+from ..reference.gpt2 import check_labels, check_table, initial_weights, token_weights
 from ..tensor_parallel.embedding import VocabParallelEmbedding
 from ..tensor_parallel.fused_loss import linear_cross_entropy
 from ..tensor_parallel.linear import column_linear
-from ..tensor_parallel.shard import shard_state_dict
+from ..tensor_parallel.shard import checked_size, shard_state_dict
 
 # %% ../../nbs/4_models/04_gpt2.ipynb #3ad7191b
 def check_vocabulary(config: ModelConfig, size: int) -> None:
@@ -51,7 +52,8 @@ class Trunk(nn.Module):
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group; None: one device
     ):
         super().__init__()
-        check_vocabulary(config, group_size(group))
+        check_kind("config", config, ModelConfig)
+        check_vocabulary(config, checked_size(group))
         self.config = config
         self.group = group
         self.wte = VocabParallelEmbedding(
@@ -64,6 +66,7 @@ class Trunk(nn.Module):
         input_ids: torch.Tensor,        # (b, s) token ids
     ) -> torch.Tensor:                  # (b, s, h), equal on every rank
         "Words and positions. `ValueError` for unknown ids and for too long a sequence."
+        check_table(input_ids)
         _check_length(input_ids.shape[1], self.config.max_seq_len)
         return self.wte(input_ids) + self.wpe.weight[: input_ids.shape[1]]  # (b, s, h)
 
@@ -106,6 +109,7 @@ class _Layers(Trunk):
         *,
         seed: int = 1,                              # of the initial weights
     ):
+        check_kind("config", config, GPT2Config)
         super().__init__(config, group)
         self.blocks = nn.ModuleList(Block(config, group) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -11,11 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ..comm import group_size
+from ..checks import check_kind
 from ..config import ModelConfig
 from ..reference.gpt2 import gelu
 from ..tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from ..tensor_parallel.shard import check_divides
+from ..tensor_parallel.shard import check_divides, checked_size
 
 # %% ../../nbs/4_models/01_mlp.ipynb #b87c7a98
 class MLP(nn.Module):
@@ -31,7 +31,8 @@ class MLP(nn.Module):
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
     ):
         super().__init__()
-        check_divides("ffn_hidden_size", config.ffn_size, group_size(group))
+        check_kind("config", config, ModelConfig)
+        check_divides("ffn_hidden_size", config.ffn_size, checked_size(group))
         self.config = config
         self.up = ColumnParallelLinear(config.hidden_size, config.ffn_size, group=group)
         self.down = RowParallelLinear(config.ffn_size, config.hidden_size, group=group)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import check_kind
 from ..config import BertConfig
 from .gpt2 import Block, Draws, block_weights, check_ids, check_input, gelu
 from .gpt2 import check_labels, summed_loss, table_weights, token_weights
@@ -67,6 +68,7 @@ class _Trunk(nn.Module):
 
     def __init__(self, config: BertConfig):
         super().__init__()
+        check_kind("config", config, BertConfig)
         h = config.hidden_size
         post = config.layer_norm == "post"
         block = PostNormBlock if post else Block

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Attention', 'gelu', 'MLP', 'Block', 'Draws', 'table_weights', 'block_weights', 'initial_weights', 'check_ids',
-           'check_input', 'check_labels', 'token_weights', 'summed_loss', 'GPT2', 'Answer', 'answer']
+           'check_table', 'check_input', 'check_labels', 'token_weights', 'summed_loss', 'GPT2', 'Answer', 'answer']
 
 # %% ../../nbs/2_reference/02_gpt2.ipynb #057c881e
 import math
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import check_kind, check_seed
 from ..config import GPT2Config, ModelConfig
 
 # %% ../../nbs/2_reference/02_gpt2.ipynb #5c709e27
@@ -90,6 +91,7 @@ class Draws:
     "Initial weights with their names, one after the other from one seed. All in float32."
 
     def __init__(self, config: ModelConfig, seed: int):
+        check_seed(seed)
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -160,8 +162,21 @@ def check_ids(
         )
 
 
+def check_table(input_ids: torch.Tensor) -> None:
+    "Raise `TypeError` for what are no whole numbers, `ValueError` for no table of rows of them."
+    check_kind("input_ids", input_ids, torch.Tensor)
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"input_ids are {input_ids.dtype}; ids are whole numbers: use torch.int64")
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}: must be (b, s), a row of ids for each "
+            "sequence; add [None] for a single one"
+        )
+
+
 def check_input(input_ids: torch.Tensor, config: ModelConfig) -> None:
     "Raise `ValueError` for ids and lengths that the model does not know."
+    check_table(input_ids)
     check_ids("token id", input_ids, config.vocab_size)
     if input_ids.shape[1] > config.max_seq_len:
         raise ValueError(
@@ -217,6 +232,7 @@ class GPT2(nn.Module):
 
     def __init__(self, config: GPT2Config, *, seed: int = 1):
         super().__init__()
+        check_kind("config", config, GPT2Config)
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_seq_len, config.hidden_size)

@@ -11,9 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import check_kind, check_whole
 from ..comm import group_rank, group_size
 from .mappings import reduce_from_tp
-from .shard import Shard, check_divides
+from .shard import Shard, check_divides, checked_size
 
 # %% ../../nbs/3_layers/04_embedding.ipynb #1b3b8cc7
 @torch.compiler.disable
@@ -47,6 +48,7 @@ def check_vocab_size(
     rows: int,          # of the whole table, padding included
 ) -> None:
     "Raise `ValueError` for an empty vocabulary, and for one with ids that have no row."
+    check_kind("vocab_size", vocab_size, int)
     if not 0 < vocab_size <= rows:
         raise ValueError(
             f"vocab_size={vocab_size} is not from 1 to {rows}, the rows of the whole table: every "
@@ -71,8 +73,10 @@ class VocabParallelEmbedding(nn.Module):
         vocab_size: int | None = None,              # ids allowed are below this; None: all rows
     ):
         super().__init__()
-        size = group_size(group)
-        check_divides("num_embeddings", num_embeddings, size)
+        size = checked_size(group)
+        check_whole("num_embeddings", num_embeddings)
+        check_whole("embedding_dim", embedding_dim)
+        check_divides("num_embeddings", num_embeddings, size, grows=True)
         self.vocab_size = num_embeddings if vocab_size is None else vocab_size
         check_vocab_size(self.vocab_size, num_embeddings)
         self.group = group

@@ -13,9 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from ..checks import check_whole
 from ..comm import all_reduce, all_reduce_start, group_size
 from .mappings import gather_from_tp, scatter_to_tp
-from .shard import Shard, check_divides
+from .shard import Shard, check_divides, checked_size
 
 # %% ../../nbs/3_layers/03_linear.ipynb #88d7abca
 def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -91,6 +92,12 @@ def row_linear(
     return _RowLinear.apply(*_autocast(x, weight), group)
 
 # %% ../../nbs/3_layers/03_linear.ipynb #3ef7e095
+def _check_sizes(**sizes: int) -> None:
+    "Raise `TypeError` for what is no whole number, `ValueError` for one below 1."
+    for name, value in sizes.items():
+        check_whole(name, value)
+
+
 def _uniform_init(weight: torch.Tensor, bias: torch.Tensor | None, in_features: int) -> None:
     "Weights in the range of `nn.Linear`, which follows from the whole layer's inputs; biases zero."
     bound = 1 / math.sqrt(in_features)
@@ -117,7 +124,8 @@ class ColumnParallelLinear(nn.Module):
         blocks: int = 1,    # equal parts of the output, each split on its own: 3 for Q, K, V
     ):
         super().__init__()
-        size = group_size(group)
+        size = checked_size(group)
+        _check_sizes(in_features=in_features, out_features=out_features, blocks=blocks)
         check_divides("out_features", out_features, size, blocks)
         self.group = group
         self.gather_output = gather_output
@@ -158,7 +166,8 @@ class RowParallelLinear(nn.Module):
         input_is_parallel: bool = True,     # x is this rank's columns; False: whole on every rank
     ):
         super().__init__()
-        size = group_size(group)
+        size = checked_size(group)
+        _check_sizes(in_features=in_features, out_features=out_features)
         check_divides("in_features", in_features, size)
         self.group = group
         self.input_is_parallel = input_is_parallel

@@ -9,8 +9,8 @@ __all__ = ['Run', 'begin_run', 'stop_requested', 'train']
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,15 +24,25 @@ from ..errors import Stopped, handled
 from ..mesh import ParallelGroups
 from ..models import build_model
 from ..models.gpt2 import Trunk
+from ..owner import Owner, own_run
+from megatron_edu.resume import (
+    Decision,
+    checkpoint_folder,
+    decide,
+    latest_checkpoint,
+    load_state,
+    plain,
+    set_aside,
+)
 from ..tensor_parallel.random import mix_seed, seed_replica
 from megatron_edu.training.checkpoint import (
-    latest_checkpoint,
+    _from_writer,
     load_optimizer,
-    load_state,
     load_weights,
     save_checkpoint,
 )
 from .data_parallel import DataParallel
+from .initial import Source, check_finite, check_sizes, find_source, load_initial
 from .journal import Journal, plot_metrics
 from .optimizer import make_optimizer
 from .schedule import learning_rate, set_learning_rate
@@ -53,6 +63,8 @@ class Run:
     sampler: BatchSampler
     batches: Iterator[Batch]
     step: int                                       # steps done
+    record: dict = field(default_factory=dict)      # what config.json says beside `config`
+    owner: Owner | None = None                      # of the folder; known to the rank that saves
 
     def advance(self) -> dict[str, float]:          # lr, and what `train_step` gives
         "Do one step. Raises `FloatingPointError` with its number if loss or norm are not finite."
@@ -73,10 +85,24 @@ class Run:
         return {"lr": lr, **numbers}
 
     def save(self) -> Path:
-        "Write the checkpoint of the steps done."
+        """Write the checkpoint of the steps done.
+
+        Raises `FloatingPointError` on every rank, and writes nothing, for weights that are not
+        finite: no run can go on from them.
+        """
+        spoiled = [n for n, p in self.model.named_parameters() if not torch.isfinite(p).all()]
+        world = dist.group.WORLD if dist.is_initialized() else None
+        if all_reduce(torch.tensor(len(spoiled), device=self.data.device), world):
+            raise FloatingPointError(
+                f"step {self.step}: {spoiled[0] if spoiled else 'a weight of another rank'} is no "
+                f"longer finite, and is not saved; the last checkpoint is "
+                f"{latest_checkpoint(self.config.run.out) or 'none'}; lower the learning rate or "
+                "lengthen the warm-up, and resume"
+            )
         return save_checkpoint(
             self.config.run.out, self.step, self.model, self.optimizer,
-            state=self.sampler.state_dict(), config=asdict(self.config), groups=self.data.groups,
+            state=self.sampler.state_dict(), config={**self.record, **plain(self.config)},
+            groups=self.data.groups, owner=self.owner,
         )
 
 # %% ../../nbs/6_training/09_loop.ipynb #d41e9828
@@ -87,24 +113,32 @@ def begin_run(
     device: torch.device,
     checkpoint: Path | None = None,     # where to go on; None: with the first step
     tokenizer: WordPiece | None = None, # that wrote the file; a BERT needs it
+    source: Source | None = None,       # of the weights of a first step; None: of the seed
+    record: dict | None = None,         # what its checkpoints say beside the configuration
 ) -> Run:
     "Model, optimizer and data of a run. Raises `ValueError` for what does not fit together."
-    token_file.check_vocab(config.model.vocab_size)
     model = build_model(config.model, groups.tp_group, seed=config.run.seed).to(device)
     optimizer = make_optimizer(model, config.optimizer)
     state = {"step": 0, "consumed": 0}
     if checkpoint is not None:
         load_weights(checkpoint, model)
         load_optimizer(checkpoint, model, optimizer)
-        state = load_state(checkpoint)
-    data = Data.open(token_file, config, groups, device, tokenizer)
-    sampler = data.sampler(data.train, state["consumed"])
+        state = {"consumed": 0, **load_state(checkpoint)}
+    elif source is not None:
+        load_initial(source, model)
+    else:
+        where = f"init_std={config.model.init_std}"
+        check_finite(dict(model.named_parameters()), where)
+    step, consumed = state["step"], state["consumed"]
+    data = Data.open(token_file, config, groups, device, tokenizer, step, consumed)
+    sampler = data.sampler(data.train, consumed)
     batches = data.batches(data.train, sampler)
     replicas = DataParallel(model, groups.dp_group)
     if config.run.compile:
         for block in model.blocks:
             block.compile()
-    return Run(config, data, model, replicas, optimizer, sampler, batches, state["step"])
+    parts = model, replicas, optimizer, sampler, batches
+    return Run(config, data, *parts, step, record or {})
 
 # %% ../../nbs/6_training/09_loop.ipynb #5a22042a
 @contextlib.contextmanager
@@ -155,30 +189,89 @@ def _steps(run: Run, journal: Journal) -> None:
                 raise Stopped(stop, f"stopped by {name} at step {run.step}; {remedy}")
 
 # %% ../../nbs/6_training/09_loop.ipynb #b7bfc7f6
+def _first_rank_decides(
+    decision: Callable[[], tuple[str, Decision]],   # called on the first rank; may raise
+    device: torch.device,
+) -> tuple[str, Decision]:                          # a text, on all ranks; the rest on the first
+    "Decide on one rank. All raise what it raised."
+    told, failure, made = "", None, Decision(None, {}, [], [])
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            told, made = decision()
+        except (ValueError, OSError) as error:
+            told, failure = f"no {error}", error
+    told = _from_writer(told, device)
+    if failure is not None:
+        raise failure
+    if told.startswith("no "):
+        raise ValueError(told.removeprefix("no "))
+    return told, made
+
+
+def _decision(
+    config: TrainConfig,
+    token_file: TokenFile,
+    init_from: Path | None,
+    origin: dict | None,
+) -> tuple[str, Decision]:      # step N, or begin, perhaps with the folder of the first weights
+    "What the first rank decides. The tokens are read once, here."
+    token_file.check_vocab(config.model.vocab_size)
+    made = decide(config, token_file.prefix, token_file.num_tokens, init_from, origin)
+    made.notes.extend(set_aside(made.later))
+    if made.checkpoint is not None:
+        return f"step {made.checkpoint.step}", made
+    if init_from is None:
+        return "begin", made
+    source = find_source(init_from)
+    check_sizes(config.model, source)
+    made.notes.extend([*source.notes, f"beginning with the weights of {source.folder}"])
+    return f"begin {source.folder}", made
+
+# %% ../../nbs/6_training/09_loop.ipynb #8a012e9d
 def train(
     config: TrainConfig,
     token_file: TokenFile,
     groups: ParallelGroups,
     device: torch.device | str = "cpu",
     tokenizer: WordPiece | None = None, # that wrote the file; a BERT needs it
+    init_from: Path | None = None,      # a run, a checkpoint, or a folder of transformers
+    origin: dict | None = None,         # what else a new run notes of itself: preset, text
+    owner: Owner | None = None,         # of the folder; None: the first rank owns it meanwhile
+    quiet: bool = False,                # write metrics, and say nothing
 ) -> Trunk:                             # this rank's part of the trained model
-    """Train a model from its first step, or from the last checkpoint with `resume="auto"`.
+    """Train a model from its first step, or go on: see `resume` of the configuration.
 
     Every rank calls it. Writes to `config.run.out`: metrics.jsonl, loss.png, and a checkpoint every
     `save_every` steps, at the end, and before it raises `Stopped` for a signal (Ctrl-C is one, a
-    second ends it at once). Raises `FloatingPointError` naming the step if
-    loss or gradient are not finite, `OSError` if a checkpoint cannot be written; older ones stay.
+    second one ends it at once). A new run takes its weights, and nothing else, from `init_from`.
+    Raises `FloatingPointError` naming the step if loss or gradient are not finite, `OSError` if a
+    checkpoint cannot be written; older ones stay. Raises `ValueError` for checkpoints that are all
+    damaged, and for a run that is to go on as another one.
     """
-    out = config.run.out
-    checkpoint = latest_checkpoint(out) if config.run.resume == "auto" else None
-    run = begin_run(config, token_file, groups, torch.device(device), checkpoint, tokenizer)
-    journal = Journal(config, run.step, active=groups.tp_rank == groups.dp_rank == 0)
-    try:
-        if checkpoint is not None:
-            journal.say(f"going on from {checkpoint}")
-        _steps(run, journal)
-    finally:
-        journal.close()
-    if journal.active:
-        plot_metrics(out)
+    out, device = config.run.out, torch.device(device)
+    with contextlib.ExitStack() as stack:
+
+        def decision() -> tuple[str, Decision]:
+            nonlocal owner
+            owner = owner or stack.enter_context(own_run(out))
+            return _decision(config, token_file, init_from, origin)
+
+        told, made = _first_rank_decides(decision, device)
+        what, _, where = told.partition(" ")
+        checkpoint = checkpoint_folder(out, int(where)) if what == "step" else None
+        source = find_source(where) if what == "begin" and where else None
+        start = checkpoint, tokenizer, source, made.record
+        run = begin_run(config, token_file, groups, device, *start)
+        run.owner = owner
+        journal = Journal(config, run.step, groups.tp_rank == groups.dp_rank == 0, quiet)
+        try:
+            for note in made.notes:
+                journal.say(note)
+            if checkpoint is not None:
+                journal.say(f"going on from {checkpoint}")
+            _steps(run, journal)
+        finally:
+            journal.close()
+        if journal.active:
+            plot_metrics(out)
     return run.model

@@ -74,11 +74,14 @@ class Data:
         groups: ParallelGroups,
         device: torch.device,
         tokenizer: WordPiece | None = None,     # that wrote the file; a BERT needs it
+        step: int = 0,                          # steps done
+        consumed: int = 0,                      # samples that they used, in batches of any size
     ) -> "Data":
         "Split by documents; samples for the whole run. Raises `ValueError` for too little text."
         run, count = config.run, len(tokens.document_starts) - 1
         parts = split_documents(count, (1 - run.validation, run.validation))
-        sizes = run.steps * run.batch_size, run.eval_batches * run.batch_size
+        left = max(run.steps - step, 1) * run.batch_size        # a run that is done reads none
+        sizes = consumed + left, run.eval_batches * run.batch_size
         source = config, tokens, tokenizer
         both = [open_samples(*source, size, part) for size, part in zip(sizes, parts)]
         return cls(*both, config, groups, device)
