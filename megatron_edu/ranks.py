@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,12 +121,14 @@ def _serve(rank, size, rendezvous, backend, timeout, threads, pipe, board) -> No
         torch.set_num_threads(threads or max(1, cpu_count() // size))
         noting = Noting(board, rank)
         join_world(rank, size, rendezvous, backend, timeout)
+        noting.note("idle")
         pipe.send(_Answer("ready"))
         while True:
-            noting.note("idle")
             payload = pipe.recv_bytes()
             noting.note("running")
-            pipe.send(_run(payload))
+            answer = _run(payload)
+            noting.note("idle" if answer.kind == "result" else "failed")
+            pipe.send(answer)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent closed the pipe
     except Exception:
@@ -165,6 +168,7 @@ class _World:
 @contextlib.contextmanager
 def blocked(*numbers: int):
     "Processes that are started in the block hold these signals back until they let them through."
+    resource_tracker.ensure_running()       # a helper of Python, whose start lets Ctrl-C through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
