@@ -29,6 +29,7 @@ KINDS = {                       # of folders: what a message calls them
     "prepared": "a prepared text",
     "checkpoint": "a checkpoint",
     "huggingface": "a model for transformers",
+    "model": "a converted model",
     "results": "results of a benchmark",
 }
 
@@ -406,9 +407,19 @@ def written_files(
                     named.append(path)
                 written.replace(path)
         sync_folder(paths[0].parent)
-    except BaseException:
+    except BaseException as error:
         _remove_empty(made, partial + named)
+        for path, written in zip(paths, partial):
+            _by_final_name(error, written, path)
         raise
+
+
+def _by_final_name(error: BaseException, partial: Path, path: Path) -> None:
+    "Put the name that the user knows into an error that was raised while a partial one was written."
+    old, new = str(partial), str(path)
+    error.args = tuple(a.replace(old, new) if isinstance(a, str) else a for a in error.args)
+    if isinstance(error, OSError) and isinstance(error.filename, str | Path):
+        error.filename = str(error.filename).replace(old, new)
 
 
 def _make_folders(folder: Path) -> list[Path]:      # those that were made, the outermost first
@@ -444,9 +455,10 @@ def written_folder(
         _complete(partial, kind)
         with _noted(path.parent, {f"{path.name}/{MARK}": _entry(partial / MARK)}):
             _place(partial, path, overwrite)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(made, [])
+        _by_final_name(error, partial, path)
         raise
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_edu import files, owner
 from megatron_edu.config import GPT2Config
@@ -43,7 +44,7 @@ from megatron_edu.files import (
 )
 from megatron_edu.models.gpt2 import GPT2
 from megatron_edu.owner import own_run
-from megatron_edu.training.checkpoint import save_checkpoint, write_folder
+from megatron_edu.training.checkpoint import save_checkpoint
 
 TINY = GPT2Config(1, 16, 2, vocab_size=16, max_seq_len=8, vocab_multiple=8, dropout=0.0)
 QUICK = {"touch": 0.2, "silence": 1.0}      # seconds
@@ -83,7 +84,9 @@ def prepared(folder):
 
 
 def exported(folder):
-    write_folder(folder, {"model.safetensors": {"x": torch.ones(3)}}, {"config.json": {}}, "huggingface")
+    with written_folder(folder, "huggingface") as partial:
+        save_file({"x": torch.ones(3)}, partial / "model.safetensors")
+        (partial / "config.json").write_text("{}")
     return folder
 
 

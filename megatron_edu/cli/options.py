@@ -53,7 +53,7 @@ class TrainArguments:
     """
 
     data: tuple[Path, ...]          # .txt and .jsonl files, folders of them, or one token file
-    config: TrainConfig
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     model: Literal["gpt2", "bert"] = "gpt2"     # kind of model; a preset implies its own
     preset: str = "laptop"          # model and recipe to start from: tiny, laptop, bert-laptop, ...
     tokenizer: Path | None = None   # file or folder: tokenizer.json, vocab.txt; None: train one
@@ -287,7 +287,7 @@ class BreakArguments:
     Example: megatron-edu break no_f
     """
 
-    name: tyro.conf.Positional[str | None] = None   # of a mistake; without it all are listed
+    name: tyro.conf.Positional[str | None] = None   # of a mistake; without a name all are listed
 
 
 def demo_defaults(args: list[str]) -> DemoConfig:
