@@ -173,9 +173,10 @@ def find_tokens(
     before = describe_inputs(arguments.data)
     vocab_size = arguments.config.model.vocab_size
     remove_files(out, *(name for name in PREPARED_FILES if out / name != path))     # of a start
-    file = prepare_text(arguments.data, out, path, vocab_size, arguments.text_field, kind).file
+    options = vocab_size, arguments.text_field, kind, arguments.lossy
+    made = prepare_text(arguments.data, out, path, *options)
     noted |= {"inputs": with_hashes(before), "text_field": arguments.text_field}
-    return Tokens(file, out / TOKENIZER, noted, [])
+    return Tokens(made.file, out / TOKENIZER, noted, made.lines())
 
 # %% ../../nbs/7_using/02_train.ipynb #f6a08c0c
 def own_tokens(
