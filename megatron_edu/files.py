@@ -29,6 +29,7 @@ KINDS = {                       # of folders: what a message calls them
     "prepared": "a prepared text",
     "checkpoint": "a checkpoint",
     "huggingface": "a model for transformers",
+    "model": "a converted model",
     "results": "results of a benchmark",
 }
 

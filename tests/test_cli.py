@@ -314,23 +314,20 @@ def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(train_verb, "prepare", lambda *args: seen.append(args))
     texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", corpus / "ready"
-    words = "--data", *texts, "--out", out, "--text-field", "body"
-    train_verb.find_tokens(arguments(*words, "--vocab-size", 400), False)
-    train_verb.find_tokens(arguments(*words, "--tokenizer", given), False)
+    options = "--data", *texts, "--out", out, "--text-field", "body"
+    train_verb.find_tokens(arguments(*options, "--vocab-size", 400))
+    train_verb.find_tokens(arguments(*options, "--tokenizer", given))
     rest = "body", "gpt2"
     assert seen == [(texts, out, None, 400, *rest), (texts, out, given, 512, *rest)]
 
 
-def test_text_is_tokenized_once_a_run(corpus, tmp_path):
-    "Tokens that a run left before its first checkpoint may be of other text."
-    asked = arguments("--data", corpus / "a.txt", "--out", tmp_path, "--text-field", "body")
-    other = corpus / "ready"
+def test_tokens_that_a_run_left_before_its_first_checkpoint_are_written_anew(corpus, tmp_path):
+    "They may be of other text."
+    options = arguments("--data", corpus / "a.txt", "--out", tmp_path, "--text-field", "body")
     for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
-        shutil.copy(other / name, tmp_path)
-    kept, path = train_verb.find_tokens(asked, True)
-    assert len(kept) == len(TokenFile(other / "tokens")) and path == tmp_path / "tokenizer.json"
-    written, _ = train_verb.find_tokens(asked, False)
-    assert len(written) != len(kept)
+        shutil.copy(corpus / "ready" / name, tmp_path)
+    before = len(TokenFile(tmp_path / "tokens"))
+    assert len(train_verb.find_tokens(options).file) != before
 
 
 def test_a_token_file_comes_alone(corpus, tmp_path, capsys):
@@ -502,31 +499,28 @@ def test_a_run_keeps_its_tokenizer(corpus, sentences, run, bert_run, tmp_path, c
     assert content(own) == kept
 
 
+@pytest.mark.usefixtures("no_ranks")
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
-def test_a_run_goes_on_with_other_text_by_its_own_tokenizer(
-    corpus, run, bert_run, tmp_path, kind
-):
-    copy = shutil.copytree({"gpt2": run, "bert": bert_run}[kind], tmp_path / "copy")
-    before, more = (copy / "tokenizer.json").read_bytes(), ["--resume", "auto"]
-    if kind == "gpt2":
-        train(corpus, copy, "a.txt", 5, more)
-    else:
-        train_bert(corpus / "a.jsonl", copy, 5, [*more, "--text-field", "body"])
-    assert (copy / "tokenizer.json").read_bytes() == before
-    assert len(losses(copy)) == 5 and TokenFile(copy / "tokens").num_tokens > 1000
+def test_a_run_does_not_go_on_with_other_text(corpus, run, bert_run, capsys, kind):
+    "Nor by its own tokenizer: its order of samples would be another one."
+    own = {"gpt2": run, "bert": bert_run}[kind]
+    kept, options = content(own), (*(SHORT if kind == "gpt2" else SMALL_BERT), "--resume", "auto")
+    text = refusal(capsys, "train", *options, "--data", corpus / "a.txt", "--out", own)
+    assert "text is not tokenized again for it" in text and f"--init-from {own} and anot" in text
+    assert content(own) == kept
 
 
 @pytest.mark.usefixtures("no_ranks")
-def test_text_for_a_run_without_a_tokenizer(corpus, run, tmp_path, capsys):
+def test_other_tokens_for_a_run_without_a_tokenizer(corpus, run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "tokenizer.json").unlink()
     kept, rest = content(copy), ("--out", copy, "--resume", "auto", "--steps", 9)
-    text = refusal(capsys, "train", *SHORT, "--data", corpus / "a.txt", *rest)
-    assert "a run without a tokenizer.json" in text and "--tokenizer" in text
-    other = other_tokens(tmp_path, vocab_size=300)
+    other = other_tokens(tmp_path, vocab_size=270)
     text = refusal(capsys, "train", *SHORT, "--data", other, *rest)
-    assert "vocab_size is 280, and 300 here" in text
-    assert "go on with --vocab-size 280 and a token file of that vocabulary" in text
+    assert "not those that" in text and "was trained on" in text
+    other_tokens(tmp_path, vocab_size=300)
+    text = refusal(capsys, "train", *SHORT, "--data", other, *rest)
+    assert "has 300 tokens, and the weights know 280 ids" in text
     assert content(copy) == kept
 
 

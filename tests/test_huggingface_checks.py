@@ -461,3 +461,10 @@ def test_three_ranks_share_rows_rounded_up_to_another_multiple(ranks, tmp_path, 
 def test_a_multiple_that_is_none(good, value, error):
     with pytest.raises(error, match="vocab_multiple="):
         load_huggingface(good / "gpt2", vocab_multiple=value)
+
+
+@both
+def test_an_adapter_beside_a_model_is_refused(spoil, kind):
+    there = spoil(kind)
+    (there / "adapter_config.json").write_text("{}")
+    assert "an adapter beside a model; merge the two first" in refusal(there)

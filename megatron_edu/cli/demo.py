@@ -12,6 +12,7 @@ from .breaking import TP, examine_on_rank, find_mutant, summary, table
 from ..demo import Say, demo, stages
 from ..demo_bert import demo_bert
 from ..failures import raised_by_us
+from ..files import check_folder
 from ..ranks import Ranks
 from ..settings import DemoConfig
 from ..testing import CHECKS
@@ -38,6 +39,7 @@ def show_lights(
 
 def run(asked: DemoConfig) -> int:      # 3: something differs from the reference, or no check works
     "The verb `demo`."
+    check_folder(asked.out, "run", overwrite=True)      # an earlier demo, if it was left as it was
     say = stages()
     try:
         if not show_lights(asked.model, say):
