@@ -6,6 +6,7 @@
 __all__ = ['run']
 
 # %% ../../nbs/7_using/09_cli_prepare.ipynb #87b33488
+from .net import say
 from .options import PrepareArguments
 from ..prepare import prepare_folder
 
@@ -16,6 +17,8 @@ def run(asked: PrepareArguments) -> None:
     made = prepare_folder(asked.inputs, out, *options, asked.lossy, overwrite=asked.overwrite)
     if asked.quiet:
         return
+    for line in made.lines():
+        say("prepare", line)
     file = made.file
     sentences = f"{len(file):,} sentences, " if asked.model == "bert" else ""
     documents = len(file.document_offsets) - 1
