@@ -885,9 +885,11 @@ def test_a_bert_of_transformers_is_trained_on(here):
     assert len(losses("new")) == 2
 
 
-def test_a_converted_model_is_trained_on(here):
+def test_a_converted_model_is_trained_on(here, capsys):
     theirs("theirs", tokenizer="ready/tokenizer.json")
     me("convert --from theirs --to ours --format megatron_edu")
+    text = refusal(capsys, "train --out ours --resume auto --data texts --steps 1")
+    assert "--init-from ours and another --out" in text
     me("train --init-from ours --data texts --out new --steps 1 --batch-size 4")
     me("train --init-from new --data texts --out newer --steps 1 --batch-size 4")
     assert config_of("newer", 1)["model"] == config_of("new", 1)["model"]

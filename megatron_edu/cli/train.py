@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'KEPT', 'PATIENCE', 'find_tokenizer', 'check_vocabulary', 'weights_tokenizer', 'Tokens', 'find_tokens',
-           'own_tokens', 'check_ids_are', 'tokens_of_text', 'Plan', 'make_plan', 'shared_plan', 'plan_as_json',
-           'plan_from', 'train_on_rank', 'run']
+           'clear', 'own_tokens', 'check_ids_are', 'tokens_of_text', 'Plan', 'make_plan', 'shared_plan', 'plan_as_json',
+           'plan_from', 'train_on_rank', 'run', 'check_no_model']
 
 # %% ../../nbs/7_using/02_train.ipynb #19a839d5
 import json
@@ -30,9 +30,9 @@ from megatron_edu.cli.checks import (
 from .options import TrainArguments
 from .paint import silent
 from ..config import PRESETS, ModelConfig
-from ..data.source import describe_inputs, same_inputs, with_hashes
+from ..data.source import describe_inputs, read_source, same_inputs
 from ..data.token_file import TokenFile
-from ..files import mark_folder, remove_files
+from ..files import kind_in, read_mark, remove_files
 from ..memory import check_memory, training_bytes
 from ..mesh import ParallelGroups
 from ..owner import Owner, own_run
@@ -51,6 +51,7 @@ from megatron_edu.resume import (
     check_begun,
     check_same,
     check_tokens_are,
+    checkpoints,
     choose_checkpoint,
     kind_of,
     plain,
@@ -170,12 +171,20 @@ def find_tokens(
             "run megatron-edu prepare first, and give its folder"
         )
     check_plan(arguments.config)        # text may take long
-    before = describe_inputs(arguments.data)
-    vocab_size = arguments.config.model.vocab_size
-    remove_files(out, *(name for name in PREPARED_FILES if out / name != path))     # of a start
-    file = prepare_text(arguments.data, out, path, vocab_size, arguments.text_field, kind).file
-    noted |= {"inputs": with_hashes(before), "text_field": arguments.text_field}
-    return Tokens(file, out / TOKENIZER, noted, [])
+    clear(out, *PREPARED_FILES)         # of a run that ended before its first checkpoint
+    size, field = arguments.config.model.vocab_size, arguments.text_field
+    made = prepare_text(arguments.data, out, path, size, field, kind, arguments.lossy)
+    noted |= {"inputs": read_source(out)["inputs"], "text_field": field}
+    return Tokens(made.file, out / TOKENIZER, noted, made.lines())
+
+
+def clear(
+    out: Path,      # folder of a run that has no checkpoint
+    *names: str,    # of files that it writes anew
+) -> None:
+    "Remove files that an earlier try left. `ValueError` for those that were changed since."
+    if read_mark(out) is not None:
+        remove_files(out, *names)
 
 # %% ../../nbs/7_using/02_train.ipynb #f6a08c0c
 def own_tokens(
@@ -396,6 +405,7 @@ def train_on_rank(
 def run(arguments: TrainArguments) -> None:
     "The verb `train`. `ValueError` before any rank starts."
     config, out = arguments.config, arguments.config.run.out
+    check_no_model(out)
     if not arguments.force:
         check_memory(training_bytes(config.model, config.parallel.dp), "training of this model")
     if "RANK" in os.environ:        # of torchrun: its first rank owns the folder while it trains
@@ -403,6 +413,15 @@ def run(arguments: TrainArguments) -> None:
         return
     with own_run(out) as owner:
         _train(arguments, owner)
+
+
+def check_no_model(out: Path) -> None:
+    "Raise `ValueError` for a model that was converted: it is no run, but one can begin with it."
+    if kind_in(out) not in (None, "run") and checkpoints(out):
+        raise ValueError(
+            f"{out} holds a model and no run; begin one with its weights by --init-from {out} and "
+            "another --out"
+        )
 
 
 def _train(
@@ -418,11 +437,12 @@ def _train(
             print(plan.done)
         return
     if first:
-        mark_folder(out, "run")
-        if plan.begins and plan.tokenizer not in (None, out / TOKENIZER):
-            remove_files(out, TOKENIZER)
-        if plan.tokenizer is not None and not (out / TOKENIZER).exists():
-            save_tokenizer(read_tokenizer(plan.tokenizer, kind_of(plan.config.model)), out)
+        out.mkdir(parents=True, exist_ok=True)
+        if plan.tokenizer not in (None, out / TOKENIZER):
+            if plan.begins:
+                clear(out, TOKENIZER)
+            if not (out / TOKENIZER).exists():
+                save_tokenizer(read_tokenizer(plan.tokenizer, kind_of(plan.config.model)), out)
         if not quiet:
             print(*plan.lines, sep="\n", flush=True)
     say = {"say": silent} if quiet else {}
