@@ -30,6 +30,7 @@ from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.errors import Stopped
 from megatron_edu.failures import PACKAGE
 from megatron_edu.models.bert import Bert
+from megatron_edu.files import MARK
 from megatron_edu.prepare import prepare, prepare_documents
 from megatron_edu.ranks import RankError
 from megatron_edu.training.checkpoint import (
@@ -420,7 +421,8 @@ def no_index(folder):
 
 
 def large_ids(folder):
-    (folder / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "tokens.idx", "tokens.bin"):
+        (folder / name).unlink()
     with TokenFileWriter(folder / "tokens", dtype=np.int32) as writer:
         for _ in range(2):
             writer.append([1] * 100 + [512])
@@ -428,6 +430,8 @@ def large_ids(folder):
 
 
 def one_document(folder):
+    for name in ("tokens.idx", "tokens.bin"):
+        (folder / name).unlink()
     with TokenFileWriter(folder / "tokens", 300) as writer:
         writer.append([1] * 100)
 
@@ -475,7 +479,8 @@ OTHER_TEXT = ["Quick zebras jump over lazy wolves. A fox waits! Bright owls vex 
 def other_tokens(folder, model="gpt2", **options):
     "Another text, prepared by a tokenizer of its own."
     (folder / "other.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in OTHER_TEXT))
-    prepare((folder / "other.jsonl",), folder / "other", model=model, **options)
+    options |= {"model": model, "overwrite": True}
+    prepare((folder / "other.jsonl",), folder / "other", **options)
     return folder / "other"
 
 
@@ -730,7 +735,7 @@ def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == f"{len(file)} documents, {file.num_tokens:,} tokens in {out}\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"
+        MARK, "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"
     ]
     assert load_tokenizer(tmp_path / "out").core.get_vocab() == (
         load_tokenizer(given).core.get_vocab()
@@ -812,8 +817,7 @@ def test_generate_on_two_ranks_writes_the_same(run, capfd):
 def brief(run, tmp_path_factory):
     "A run whose model draws every token from the same shares: one in five ends the document."
     folder = tmp_path_factory.mktemp("brief")
-    shutil.copy(run / "tokenizer.json", folder)
-    model, eod_id = load_model(latest_checkpoint(run)), load_tokenizer(folder).eod_id
+    model, eod_id = load_model(latest_checkpoint(run)), load_tokenizer(run).eod_id
     others = model.config.vocab_size - 1
     with torch.no_grad():
         for weight in (model.ln_f.weight, model.ln_f.bias, model.wte.weight):
@@ -821,6 +825,7 @@ def brief(run, tmp_path_factory):
         model.ln_f.bias[0] = 1
         model.wte.weight[eod_id, 0] = math.log(others / 4)
     save_checkpoint(folder, 0, model)
+    shutil.copy(run / "tokenizer.json", folder)
     return folder
 
 
