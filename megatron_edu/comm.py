@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .shared_memory import AWAKE, Exchange, shared_memory, wait_until
+from .watch import axis_of, doing
 
 # %% ../nbs/1_ranks/03_comm.ipynb #83d851fe
 _RING_PASSES = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "broadcast": 1}
@@ -87,11 +88,11 @@ class Ledger:
 
 # %% ../nbs/1_ranks/03_comm.ipynb #7f4195fe
 def _write(op: str, x: torch.Tensor, elements: int, group: dist.ProcessGroup) -> None:
-    "Enter one collective in the open ledgers."
+    "Note one collective for those who watch over the ranks, and enter it in the open ledgers."
+    doing.begin(op, x, group)
     if not _open_ledgers:
         return
-    description = group.group_desc
-    axis = "world" if description == "default_pg" else description.removeprefix("mesh_")
+    axis = axis_of(group.group_desc)
     phase = "forward" if torch._C._current_graph_task_id() == -1 else "backward"
     dtype = str(x.dtype).removeprefix("torch.")
     record = Record(op, axis, dtype, elements, elements * x.element_size(), phase)
@@ -125,6 +126,7 @@ class Pending:
             if self.tensor.device.type == "cpu":    # on a GPU the stream waits, not this process
                 wait_until(self.work.is_completed, limit=AWAKE)
             self.work.wait()
+            doing.end()
         return self.tensor
 
 # %% ../nbs/1_ranks/03_comm.ipynb #2494dc15

@@ -317,8 +317,8 @@ def check_folder(
     what = _what_is(path)
     if what:
         raise ValueError(
-            f"{path} is {what}; a folder is written that is new, empty, or {KINDS[kind]} of ours; "
-            f"{OTHER}"
+            f"{path} is {what}; a target is a new folder, an empty one, or {KINDS[kind]} that we "
+            f"wrote; {OTHER}"
         )
     _check_name(path)
     _check_parent(path)
@@ -341,8 +341,8 @@ def _check_content(path: Path, kind: str, overwrite: bool) -> None:
     if found != kind:
         what = "a folder with files that are not ours" if found is None else KINDS[found]
         raise ValueError(
-            f"{path} is {what}; a folder is written that is new, empty, or {KINDS[kind]} of ours; "
-            f"{OTHER}"
+            f"{path} is {what}; a target is a new folder, an empty one, or {KINDS[kind]} that we "
+            f"wrote; {OTHER}"
         )
     if not overwrite and kind != "run":
         remedy = f"{OTHER}, or replace it with --overwrite" if marked else OTHER
@@ -531,12 +531,14 @@ def rename_folder(
 
 
 def remove_files(
-    folder: Path,               # of ours
+    folder: Path,               # of ours; in another one nothing is removed
     *names: str,                # those that are there go, in this order
 ) -> None:
-    "Remove files that a mark names. ValueError if one was changed since."
-    mark = read_mark(folder)
-    for name in [name for name in names if os.path.lexists(folder / name)]:
+    "Remove files that a mark names. ValueError if one was changed since, or is not named."
+    mark, there = read_mark(folder), [name for name in names if os.path.lexists(folder / name)]
+    if mark is None or not there:
+        return
+    for name in there:
         if not _is_same(folder / name, mark["files"].get(name)):
             raise ValueError(
                 f"{folder / name} is not as it was written, and a changed file is not replaced; "

@@ -79,16 +79,19 @@ def write_documents(
     out: Path,                          # folder for tokens.bin, tokens.idx and tokenizer.json
     tokenizer: Tokenizer | WordPiece,   # a WordPiece: one sequence a sentence, as BERT needs it
     lossy: bool = False,                # count characters without a token; else the first stops
+    kept: bool = False,                 # the tokenizer is that of the folder already
 ) -> Prepared:
     """Write the tokens of all documents, and their tokenizer, where nothing has their names.
 
     ValueError for a name that is taken, and for the first character without a token.
     """
-    check_file(out / TOKENIZER)
+    if not kept:
+        check_file(out / TOKENIZER)
     write = sentences_to_file if isinstance(tokenizer, WordPiece) else tokenize_to_file
     checked = RoundTrip(tokenizer, lossy)
     file = write(progress(documents, "tokens"), checked, out / TOKENS)
-    save_tokenizer(tokenizer, out)
+    if not kept:
+        save_tokenizer(tokenizer, out)
     return Prepared(file, checked.counts)
 
 
@@ -166,15 +169,18 @@ def prepare_text(
     """
     if model not in TOKENIZERS:
         raise ValueError(f"model {model!r}; known are {', '.join(TOKENIZERS)}; name one of them")
+    out = Path(out)
+    kept = tokenizer is not None and Path(tokenizer) == out / TOKENIZER
     for name in PREPARED_FILES:
-        check_file(Path(out) / name)
-    out, described = Path(out), describe_inputs(inputs)
+        if name != TOKENIZER or not kept:
+            check_file(out / name)
+    described = describe_inputs(inputs)
     if tokenizer is None:
         train = TOKENIZERS[model][0]
         chosen = train(progress(read_documents(inputs, text_field), "words"), vocab_size)
     else:
         chosen = read_tokenizer(tokenizer, model)
-    made = write_documents(read_documents(inputs, text_field), out, chosen, lossy)
+    made = write_documents(read_documents(inputs, text_field), out, chosen, lossy, kept)
     record = {
         "inputs": with_hashes(described),
         "text_field": text_field,

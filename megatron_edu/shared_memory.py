@@ -6,9 +6,12 @@
 __all__ = ['AWAKE', 'wait_until', 'Exchange', 'SharedMemory', 'shared_memory']
 
 # %% ../nbs/1_ranks/02_shared_memory.ipynb #f9ee658b
+import hashlib
 import mmap
 import os
 import platform
+import secrets
+import stat
 import time
 import weakref
 import zlib
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from .watch import doing
 
 # %% ../nbs/1_ranks/02_shared_memory.ipynb #3dfda09c
 AWAKE = 0.005      # seconds to wait awake
@@ -44,6 +49,8 @@ _LARGEST = 1 << 25      # bytes of a tensor that goes this way
 
 def _home() -> tuple[str, str] | None:
     "What the processes of one machine have in common. None where shared memory is not for us."
+    if os.environ.get("MEGATRON_EDU_SHARED_MEMORY") == "0":     # the user's wish
+        return None
     # On x86 another core sees stores in the order in which they were made; elsewhere it need not.
     if platform.machine() not in ("x86_64", "AMD64"):
         return None
@@ -54,49 +61,80 @@ def _home() -> tuple[str, str] | None:
         return None
 
 # %% ../nbs/1_ranks/02_shared_memory.ipynb #3abbe327
+_NAME = "megatron_edu"      # under which the system lists such memory
+_PROOF = 16                 # bytes of the random number, and of each answer to it
+
+
 def _offer(size: int) -> tuple | None:
-    "Make memory without a name; where others find it. Its pages are reserved, or there is none."
+    "Make memory without a name; where others find it, and the random number that it begins with."
     home = _home()
     if home is None:
         return None
-    handle = os.memfd_create("megatron_edu")
+    handle = os.memfd_create(_NAME)
+    number = secrets.token_bytes(_PROOF)
     try:
         os.posix_fallocate(handle, 0, size)
+        os.pwrite(handle, number, 0)
     except OSError:
         os.close(handle)
         return None
-    return home, os.getpid(), handle
+    return home, os.getpid(), handle, number
 
 
 def _accept(offer: tuple | None, size: int) -> mmap.mmap | None:
-    "Map the memory that another process of this machine made."
+    "Map the memory that another process of this machine made. Nothing is written to it."
     if offer is None or offer[0] != _home():
         return None
+    _, pid, handle, number = offer
+    place = f"/proc/{pid}/fd/{handle}"
+    handles = []
     try:
-        handle = os.open(f"/proc/{offer[1]}/fd/{offer[2]}", os.O_RDWR)
+        if not os.readlink(place).startswith(f"/memfd:{_NAME}"):    # to open a pipe would wait
+            return None
+        handles.append(os.open(place, os.O_RDONLY))
+        found = os.fstat(handles[0])
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            return None
+        if os.pread(handles[0], _PROOF, 0) != number:
+            return None
+        handles.append(os.open(f"/proc/self/fd/{handles[0]}", os.O_RDWR))   # that very file
+        return mmap.mmap(handles[1], size)
     except OSError:
         return None
-    try:
-        return mmap.mmap(handle, size)
     finally:
-        os.close(handle)
+        for each in handles:
+            os.close(each)
 
-# %% ../nbs/1_ranks/02_shared_memory.ipynb #eb227b98
+
+def _answer(number: bytes, rank: int) -> bytes:
+    "What a rank writes into the memory to show that it sees it."
+    return hashlib.sha256(number + rank.to_bytes(8, "little")).digest()[:_PROOF]
+
+# %% ../nbs/1_ranks/02_shared_memory.ipynb #217cc86c
 def _meet(group: dist.ProcessGroup, size: int) -> mmap.mmap | None:
     "The same memory in every rank of the group, or None in every rank."
-    offer = [size, _offer(size) if group.rank() == 0 else None]
-    dist.broadcast_object_list(offer, src=dist.get_global_rank(group, 0), group=group)
+    rank, first = group.rank(), dist.get_global_rank(group, 0)
+    offer = [size, _offer(size) if rank == 0 else None]
+    dist.broadcast_object_list(offer, src=first, group=group)
     if offer[0] != size:
         raise RuntimeError(
-            f"rank {group.rank()} of this group wants memory of {size} bytes, rank 0 of "
+            f"rank {rank} of this group wants memory of {size} bytes, rank 0 of "
             f"{offer[0]}; all must make the same calls, with equal shapes and types"
         )
     memory = _accept(offer[1], size)
-    all_there = torch.tensor(int(memory is not None))
-    dist.all_reduce(all_there, dist.ReduceOp.MIN, group=group)
-    if group.rank() == 0 and offer[1] is not None:
+    places = [slice(_PROOF * (1 + r), _PROOF * (2 + r)) for r in range(group.size())]
+    if memory is not None:
+        memory[places[rank]] = _answer(offer[1][3], rank)
+    vote = torch.tensor(int(memory is not None))
+    dist.all_reduce(vote, dist.ReduceOp.MIN, group=group)       # all answers are there
+    if rank == 0 and vote:
+        answers = [memory[place] for place in places]
+        vote.fill_(answers == [_answer(offer[1][3], r) for r in range(group.size())])
+        memory[: places[-1].stop] = bytes(places[-1].stop)      # as new
+    if rank == 0 and offer[1] is not None:
         os.close(offer[1][2])
-    return memory if all_there else None
+    dist.broadcast(vote, src=first, group=group)
+    return memory if vote else None
 
 # %% ../nbs/1_ranks/02_shared_memory.ipynb #fad12a59
 _NOTES = 16     # numbers of 8 bytes that a rank writes for the others: two cache lines
@@ -118,12 +156,13 @@ class _Notes:
         "What the ranks have written there, in order of rank."
         return self.numbers[place + number % 2 :: _NOTES].tolist()
 
-    def await_all(self, place: int, number: int) -> None:
+    def await_all(self, place: int, number: int, what: str = "an exchange") -> None:
         "Wait until the notes of all ranks have reached `number`."
         if not wait_until(lambda: min(self.read(place, number)) >= number, self.limit):
             late = [r for r, value in enumerate(self.read(place, number)) if value < number]
             raise RuntimeError(
-                f"Timed out waiting {self.limit:g} s for ranks {late} of this group's {self.size}"
+                f"Timed out waiting {self.limit:g} s for ranks {late} of this group's {self.size} "
+                f"in {what}"
             )
 
 # %% ../nbs/1_ranks/02_shared_memory.ipynb #f3f2f101
@@ -149,10 +188,11 @@ class Exchange:
         "Block until every rank has written. `RuntimeError` at the group's time limit."
         if self.finish is not None:
             notes = self.shared.notes
-            notes.await_all(_STARTED, self.number)
+            notes.await_all(_STARTED, self.number, self.what)
             _check(self.what, notes.read(_WHAT, self.number), notes.rank)
             self.result = self.finish(self.slots())
             notes.write(_READ, self.number, self.number)
+            doing.end()
             self.shared.under_way[self.number % 2] = None
             self.finish = None
         return self.result
@@ -196,8 +236,8 @@ class SharedMemory:
         turn = self.number % 2
         if self.under_way[turn] is not None:
             self.under_way[turn].wait()
-        self.notes.await_all(_READ, self.number - 2)
         what = f"{what} of {tuple(x.shape)} {x.dtype}"
+        self.notes.await_all(_READ, self.number - 2, what)
         mine = Exchange(self, self.number, what, x.shape, x.dtype, finish)
         mine.slots()[self.notes.rank].copy_(x)
         self.notes.write(_WHAT, self.number, zlib.crc32(what.encode()))

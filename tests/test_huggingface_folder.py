@@ -15,6 +15,7 @@ import megatron_edu.interop.compare
 import megatron_edu.interop.folder
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
+from megatron_edu.demo_bert import fill_mask
 from megatron_edu.first_rank import on_first_rank
 from megatron_edu.generate import SamplingConfig, generate, ids_without_token
 from megatron_edu.interop import load_huggingface, save_huggingface
@@ -311,6 +312,41 @@ def test_a_model_with_more_rows_than_tokens_writes_tokens_alone(folders):
         kept = generate(model, prompt, 12, sampling, banned=banned)
         assert kept.max() < TOKENIZER.vocab_size
         TOKENIZER.decode(kept[0].tolist())
+
+
+def fill(tp, device):
+    model = build_model(SIZES["pre"], ParallelDims(tp=tp).build(device).tp_group).to(device)
+    silent = ids_without_token(PIECES, SIZES["pre"].vocab_size)
+    rows = model.mlm.bias.shape[0]
+    first = 0 if model.group is None else model.group.rank() * rows
+    with torch.no_grad():
+        for i in silent.tolist():
+            if first <= i < first + rows:
+                model.mlm.bias[i - first] = 1e3     # these rows would win
+    return fill_mask(model, PIECES, "the [MASK] sat", PIECES.vocab_size)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_hole_is_filled_with_tokens_alone(ranks, device, tp):
+    for (found,) in ranks(tp)(fill, tp, device):
+        assert {token for token, _ in found} == set(PIECES.core.get_vocab())
+        assert sum(p for _, p in found) == pytest.approx(1)
+
+
+def test_a_hole_in_a_damaged_model_is_refused_and_modes_come_back():
+    model = built("pre").train()
+    model.blocks[0].eval()
+    before = {name: part.training for name, part in model.named_modules()}
+    with pytest.raises(ValueError, match=r"count=\d+: from 1 to the \d+ tokens of"):
+        fill_mask(model, PIECES, "the [MASK] sat", PIECES.vocab_size + 2)
+    with torch.no_grad():
+        model.mlm.ln.bias[2] = torch.nan
+    with pytest.raises(FloatingPointError, match="the holes in 'the .MASK. sat' are not finite"):
+        fill_mask(model, PIECES, "the [MASK] sat")
+    assert {name: part.training for name, part in model.named_modules()} == before
+    for wrong in ({"model": built("gpt2")}, {"tokenizer": TOKENIZER}, {"text": 5}, {"count": 2.0}):
+        with pytest.raises(TypeError, match="must be a "):
+            fill_mask(**({"model": model, "tokenizer": PIECES, "text": "the [MASK]"} | wrong))
 
 
 def test_a_folder_is_written_and_read_without_transformers(tmp_path):

@@ -1,5 +1,6 @@
 "The loop: what a run writes, and what it survives."
 
+import contextlib
 import io
 import json
 import math
@@ -21,6 +22,7 @@ from megatron_edu.config import GPT2Config
 from megatron_edu.data.gpt2 import GPT2Samples
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
+from megatron_edu.errors import Stopped
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
 from megatron_edu.models.block import Block
@@ -318,7 +320,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import test_loop
-test_loop.run_here(test_loop.plan(Path(sys.argv[1]), steps=10**6, save_every=10**6), sys.argv[2])
+from megatron_edu.errors import Stopped
+try:
+    config = test_loop.plan(Path(sys.argv[1]), steps=10**6, save_every=10**6)
+    test_loop.run_here(config, sys.argv[2])
+except Stopped as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(stopped.status)
 """
 
 
@@ -331,57 +339,89 @@ def wait_for_steps(out: Path, count: int, process) -> None:
     wait_for(done, f"{count} lines of metrics")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(tmp_path, tokens, number):
-    command = [sys.executable, "-c", SCRIPT, str(tmp_path), str(tokens)]
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+@contextlib.contextmanager
+def endless_run(folder: Path, tokens: Path, **options):
+    "A run in a process of its own, which somebody has to stop."
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(tokens)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, text=True, env=environment, **pipes, **options)
     try:
-        wait_for_steps(tmp_path, 2, process)
-        process.send_signal(number)
-        printed, _ = process.communicate(timeout=HANG)
+        wait_for_steps(folder, 2, process)
+        yield process
     finally:
         process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path, tokens, number):
+    with endless_run(tmp_path, tokens) as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=HANG)
     step = read_metrics(tmp_path)[-1]["step"]
-    assert process.returncode == 0
-    assert f"stopped at step {step}; go on with --resume auto" in printed
+    assert process.returncode == 128 + number
+    assert errors == f"stopped by {number.name} at step {step}; go on with --resume auto\n"
     assert latest_checkpoint(tmp_path) == checkpoint_folder(tmp_path, step)
-    assert load_state(latest_checkpoint(tmp_path)) == {"step": step, "consumed": 4 * step}
+    state = load_state(latest_checkpoint(tmp_path))
+    assert (state["step"], state["consumed"]) == (step, 4 * step)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_was_ignored_from_the_start_stays_ignored(tmp_path, tokens, number):
+    "As nohup does with a hangup, and a shell with Ctrl-C for what runs in the background."
+    ignore = {"preexec_fn": lambda: signal.signal(number, signal.SIG_IGN)}
+    with endless_run(tmp_path, tokens, **ignore) as process:
+        process.send_signal(number)
+        wait_for_steps(tmp_path, len(read_metrics(tmp_path)) + 3, process)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=HANG)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_second_request_ends_at_once_but_a_second_hangup_does_not():
+    with stop_requested() as asked:
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGINT):    # of a closed terminal
+            signal.raise_signal(number)
+        with pytest.raises(Stopped, match="stopped at once by a second SIGTERM") as caught:
+            signal.raise_signal(signal.SIGTERM)
+    assert caught.value.status == 143 and len(asked) == 4
 
 
 def interrupt_the_second(config, prefix, device):
-    "Ctrl-C reaches the second rank alone, in its second step."
+    "A polite kill reaches the second rank alone, in its second step."
     groups, steps = config.parallel.build(device), []
     real = loop.seed_replica
 
     def counted(*numbers):
         steps.append(numbers)
         if len(steps) == 2 and groups.tp_rank == 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
         real(*numbers)
 
     loop.seed_replica = counted
     try:
-        train(config, TokenFile(prefix), groups, device)
+        with pytest.raises(Stopped) as caught:
+            train(config, TokenFile(prefix), groups, device)
     finally:
         loop.seed_replica = real
-    return len(steps)
+    return len(steps), caught.value.signal
 
 
 def test_all_ranks_stop_where_one_is_interrupted(ranks, device, tmp_path, tokens):
-    assert ranks(2)(interrupt_the_second, plan(tmp_path, tp=2), tokens, device) == [2, 2]
+    assert ranks(2)(interrupt_the_second, plan(tmp_path, tp=2), tokens, device) == [(2, signal.SIGTERM)] * 2
     assert latest_checkpoint(tmp_path).name == "step-00000002"
 
 
 @pytest.mark.parametrize("step", [4, 6])
 def test_who_stops_a_run_at_its_last_step_is_not_told_to_go_on(
-    tmp_path, tokens, monkeypatch, capsys, step
+    tmp_path, tokens, monkeypatch, step
 ):
-    asked = iter([False] * (step - 1) + [True])
+    asked = iter([0] * (step - 1) + [signal.SIGTERM])
     monkeypatch.setattr(loop, "_any_rank", lambda *args: next(asked))
-    run_here(plan(tmp_path), tokens)
-    said = capsys.readouterr().out
-    assert ("go on with --resume auto" in said) == ("stopped at step 4;" in said) == (step == 4)
+    told = pytest.raises(Stopped, match="at step 4; go on with --resume auto")
+    with told if step == 4 else contextlib.nullcontext():
+        run_here(plan(tmp_path), tokens)
     assert latest_checkpoint(tmp_path).name == f"step-{step:08}"
 
 
@@ -466,3 +506,52 @@ def test_a_full_disk_loses_no_line_of_the_metrics(tmp_path, monkeypatch):
     assert read_metrics(tmp_path) == lines[:2]
     dropped = (tmp_path / journal.DROPPED).read_text().splitlines()
     assert [json.loads(line) for line in dropped] == lines[2:]
+
+
+def test_validation_of_a_bert_makes_few_logits_at_a_time(monkeypatch):
+    import bert_cases
+    from megatron_edu.training import validation
+
+    model, _ = bert_cases.pair(bert_cases.config(), None, torch.float64, "cpu")
+    batch = bert_cases.batch(model.config, rows=4)
+    masked = (batch["labels"] != -100).sum().item()
+    rows, logits = [], type(model).logits
+
+    def counted(self, x, *rest):
+        rows.append(len(x))
+        return logits(self, x, *rest)
+
+    monkeypatch.setattr(type(model), "logits", counted)
+    with torch.no_grad():
+        whole = validation.bert_sums(model.eval(), batch)
+        monkeypatch.setattr(validation, "CHUNK", 3)
+        pieces = validation.bert_sums(model, batch)
+    assert masked > 3 and rows[0] == masked and max(rows[1:]) == 3 and sum(rows[1:]) == masked
+    for name in whole:
+        torch.testing.assert_close(pieces[name], whole[name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("before", ["highest", "high"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_products_of_a_gpu_are_what_was_asked_for_and_the_setting_is_put_back(before, precision):
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    try:
+        with pytest.raises(KeyError), step.float32_products(precision, torch.device("cuda")):
+            wanted = "high" if precision == "tf32" else "highest"
+            assert torch.get_float32_matmul_precision() == wanted
+            assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision(usual)
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"), [("tf32", "a CPU has no such products"), ("fp16", "is unknown; use")]
+)
+def test_a_precision_that_is_not_to_be_had_is_refused(tmp_path, tokens, precision, words):
+    config = plan(tmp_path)
+    object.__setattr__(config.run, "precision", precision)      # as if nobody had checked it
+    with pytest.raises(ValueError, match=words):
+        run_here(config, tokens)

@@ -152,7 +152,7 @@ def test_a_run_is_no_place_for_another_text(lines, tmp_path):
     save_checkpoint(tmp_path / "run", 1, model)
     before = sorted(tmp_path.rglob("*"))
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="run is a run; a folder is written that is new, empty"):
+        with pytest.raises(ValueError, match="run is a run; a target is a new folder"):
             prepare((lines,), tmp_path / "run", text_field="body", overwrite=overwrite)
     assert sorted(tmp_path.rglob("*")) == before
 

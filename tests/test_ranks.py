@@ -5,6 +5,7 @@ import importlib
 import linecache
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 from limits import FOREVER, HANG, wait_for
 
+from megatron_edu.comm import all_reduce, broadcast
+from megatron_edu.machine import cpu_count
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.ranks import RankError, Ranks
 
@@ -529,10 +532,10 @@ def test_threads_may_share_a_world(four):
 
 def test_cores_are_shared_between_the_ranks():
     with Ranks(2) as world:
-        assert world(torch.get_num_threads) == [max(1, os.cpu_count() // 2)] * 2
+        assert world(torch.get_num_threads) == [max(1, cpu_count() // 2)] * 2
     with Ranks(2, threads=3) as world:
         assert world(torch.get_num_threads) == [3] * 2
-    with Ranks(os.cpu_count() + 1) as world:
+    with Ranks(cpu_count() + 1) as world:
         assert set(world(torch.get_num_threads)) == {1}
 
 
@@ -596,3 +599,86 @@ def test_a_name_that_looks_like_a_submodule_travels(four):
     here = {"__name__": "__main__", "dist": dist, "config": 10}
     exec("def number(): return dist.get_rank() + config", here)
     assert four(here["number"]) == [10, 11, 12, 13]
+
+
+# A rank that is stopped
+
+
+def stop_on_1(collective):
+    "Rank 1 is stopped before it joins."
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    collective()
+
+
+@pytest.mark.parametrize(
+    ("collective", "words"),
+    [
+        pytest.param(
+            lambda: all_reduce(torch.ones(3), dist.group.WORLD),
+            r"all_reduce of \(3,\) float32 over world",
+            id="shared memory",
+        ),
+        pytest.param(
+            lambda: broadcast(torch.ones(3, 2), dist.group.WORLD),
+            r"broadcast of \(3, 2\) float32 over world",
+            id="gloo",
+        ),
+        pytest.param(lambda: dist.all_reduce(torch.ones(3)), "collective 2 over world", id="raw"),
+    ],
+)
+def test_a_stopped_rank_and_its_collective_are_named(monkeypatch, capfd, collective, words):
+    monkeypatch.setenv("MEGATRON_EDU_NOTICE", "0.5")
+    with Ranks(3, timeout=4, threads=1) as world:
+        with pytest.raises(RankError, match=f"Rank 1 has not joined {words}.*is stopped"):
+            world(stop_on_1, collective)
+        assert world(sum_of_ranks) == [3] * 3
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and re.match(f"rank 1 has not joined {words}.*kill -CONT", lines[0])
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-3", "nan", "inf"])
+def test_a_limit_that_is_no_number_of_seconds_is_refused(monkeypatch, value):
+    monkeypatch.setenv("MEGATRON_EDU_NOTICE", value)
+    with pytest.raises(ValueError, match=f"MEGATRON_EDU_NOTICE={value}: not a number of seconds"):
+        Ranks(2)
+
+
+# Places for temporary files
+
+
+def test_a_folder_with_a_long_name_is_no_hindrance(folder):
+    deep = folder / ("x" * 90)
+    deep.mkdir()
+    process = start_script(folder, PIDS, TMPDIR=str(deep))
+    pids = first_lines(process)
+    _, errors = process.communicate(timeout=HANG)
+    assert process.returncode == 0 and errors == ""
+    assert all_gone(pids) and not list(deep.iterdir())
+
+
+def test_a_folder_that_is_missing_is_no_hindrance(folder):
+    process = start_script(folder, PIDS, TMPDIR=str(folder / "missing"))
+    assert len(first_lines(process)) == 2
+    assert process.communicate(timeout=HANG)[1] == ""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.3, 1.0, 2.0])
+def test_ctrl_c_while_ranks_start_is_heard_by_the_script_alone(folder, delay):
+    text = """
+        try:
+            ranks = Ranks(2)
+            print(*ranks(os.getpid), flush=True)
+            while True:
+                time.sleep(1)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+    """
+    process = start_script(folder, text)
+    assert process.stdout.readline() == "top\n"
+    time.sleep(delay)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, errors = process.communicate(timeout=HANG)
+    assert printed.splitlines()[-1:] == ["interrupted"] and errors == ""
+    assert nothing_stays(folder, [])

@@ -264,6 +264,14 @@ def no_room(*args):
     raise OSError(28, "No space left on device")
 
 
+def copy_of_it(offer, size: int) -> mmap.mmap:
+    "What a machine that was copied after the offer would find: the number, in other memory."
+    memory = mmap.mmap(-1, size)
+    memory[: module._PROOF] = offer[3]
+    return memory
+
+
+OFF = "MEGATRON_EDU_SHARED_MEMORY"
 LACKS = {
     "another machine": (1, module, "_home", lambda: ("another boot", "pid:[1]")),
     "not told which machine": (1, module, "_home", lambda: None),
@@ -271,6 +279,10 @@ LACKS = {
     "another processor on rank 0": (0, platform, "machine", lambda: "aarch64"),
     "no room": (0, os, "posix_fallocate", no_room),
     "not allowed to open it": (1, os, "open", no_room),
+    "another random number there": (1, os, "pread", lambda *args: bytes(module._PROOF)),
+    "a copy of the memory": (1, module, "_accept", copy_of_it),
+    "turned off on rank 0": (0, os, "environ", {**os.environ, OFF: "0"}),
+    "turned off on another rank": (1, os, "environ", {**os.environ, OFF: "0"}),
 }
 
 
@@ -294,6 +306,44 @@ def test_what_one_rank_lacks_no_rank_has(ranks, lack):
     for none, kind, total, files in ranks(3)(lacking):
         assert none and kind == "Pending" and files == 0
         torch.testing.assert_close(total, expected, rtol=0, atol=1e-10)
+
+
+@contextlib.contextmanager
+def offered(kind: str, folder: Path):
+    "An offer of a machine of which this one is a copy, and the file that lies here in its place."
+    name = module._NAME if kind == "other memory of ours" else "somebody_else"
+    memory = kind in ("other memory of ours", "memory of others")
+    handle = os.memfd_create(name) if memory else os.open(folder / "file", os.O_RDWR | os.O_CREAT)
+    os.write(handle, bytes(range(256)) * 16)
+    if kind == "a shorter file":
+        os.truncate(handle, 100)
+    ends = os.pipe() if kind == "a pipe" else ()
+    number = bytes(range(module._PROOF)) if kind == "a file" else bytes(module._PROOF)
+    try:
+        yield (module._home(), os.getpid(), ends[0] if ends else handle, number), handle
+    finally:
+        for each in (handle, *ends):
+            os.close(each)
+
+
+if HERE:
+
+    @pytest.mark.parametrize(
+        "kind", ["a file", "a shorter file", "a pipe", "other memory of ours", "memory of others"]
+    )
+    def test_what_lies_where_another_machine_made_an_offer_is_left_alone(tmp_path, kind):
+        with offered(kind, tmp_path) as (offer, handle):
+            before = os.pread(handle, 5000, 0)
+            assert module._accept(offer, 4096) is None
+            assert os.pread(handle, 5000, 0) == before
+
+    def test_nobody_writes_before_the_number_is_found():
+        offer = module._offer(4096)
+        before = os.pread(offer[2], 4096, 0)
+        assert before[: module._PROOF] == offer[3] != bytes(module._PROOF)
+        memory = module._accept(offer, 4096)
+        assert memory[:] == before == os.pread(offer[2], 4096, 0)
+        os.close(offer[2])
 
 
 @pytest.mark.world(2)
@@ -422,7 +472,8 @@ def test_a_rank_that_stays_away_is_named_at_the_limit(file):
 
     with Ranks(2, timeout=2) as world:
         message = world(away)[0]
-    assert message == "Timed out waiting 2 s for ranks [1] of this group's 2"
+    expected = "Timed out waiting 2 s for ranks [1] of this group's 2 in sum of (3,) torch.float32"
+    assert message == expected
 
 
 def test_a_call_that_one_rank_does_not_make_ends_with_an_error():

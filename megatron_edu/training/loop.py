@@ -20,6 +20,7 @@ from ..comm import all_reduce
 from ..data.sampler import BatchSampler
 from ..data.token_file import TokenFile
 from ..data.wordpiece import WordPiece
+from ..errors import Stopped, handled
 from ..mesh import ParallelGroups
 from ..models import build_model
 from ..models.gpt2 import Trunk
@@ -145,23 +146,26 @@ def begin_run(
 def stop_requested() -> Iterator[list[int]]:
     "A list that Ctrl-C (or a polite kill) fills, so that the step in work can end and be saved."
     asked: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(s, lambda number, frame: asked.append(number)) for s in signals]
-    try:
+
+    def note(number, frame):
+        asked.append(number)
+        again = [each for each in asked if each != signal.SIGHUP]   # a terminal may send two
+        if len(again) > 1 and not dist.is_initialized():
+            name = signal.Signals(number).name
+            raise Stopped(number, f"stopped at once by a second {name}; the step in work is lost")
+
+    with handled(note):
         yield asked
-    finally:
-        for s, handler in zip(signals, before, strict=True):
-            signal.signal(s, handler)
 
 
-def _any_rank(flag: bool, device: torch.device) -> bool:
-    "Whether the flag is set on any rank, so that all ranks decide alike."
+def _any_rank(number: int, device: torch.device) -> int:
+    "The signal that any rank was sent, or 0, so that all ranks decide alike."
     world = dist.group.WORLD if dist.is_initialized() else None
-    return bool(all_reduce(torch.tensor(int(flag), device=device), world, "max"))
+    return int(all_reduce(torch.tensor(number, device=device), world, "max"))
 
 # %% ../../nbs/6_training/09_loop.ipynb #067406e6
 def _steps(run: Run, journal: Journal) -> None:
-    "Step after step, with validation, journal and checkpoints, to the end or to Ctrl-C."
+    "Step after step, with validation, journal and checkpoints, to the end or until `Stopped`."
     plan, numbers = run.config.run, {}
     if run.step == 0:
         before = validate(run.model, run.data)
@@ -177,12 +181,13 @@ def _steps(run: Run, journal: Journal) -> None:
                 numbers |= validate(run.model, run.data)
             journal.write(run.step, seconds, **numbers)
             numbers = {}
-            stop = _any_rank(bool(asked), run.data.device)
+            stop = _any_rank(asked[0] if asked else 0, run.data.device)
             if last or stop or run.step % plan.save_every == 0:
                 journal.say(f"saved {run.save()}")
             if stop and not last:
-                journal.say(f"stopped at step {run.step}; go on with --resume auto")
-                return
+                name = signal.Signals(stop).name
+                remedy = "go on with --resume auto"
+                raise Stopped(stop, f"stopped by {name} at step {run.step}; {remedy}")
 
 # %% ../../nbs/6_training/09_loop.ipynb #b7bfc7f6
 def _first_rank_decides(
@@ -238,10 +243,11 @@ def train(
     """Train a model from its first step, or go on: see `resume` of the configuration.
 
     Every rank calls it. Writes to `config.run.out`: metrics.jsonl, loss.png, and a checkpoint every
-    `save_every` steps, at the end, and at Ctrl-C. A new run takes its weights, and nothing else,
-    from `init_from`. Raises `FloatingPointError` naming the step if loss or gradient are not
-    finite, `OSError` if a checkpoint cannot be written; older ones stay. Raises `ValueError` for
-    checkpoints that are all damaged, and for a run that is to go on as another one.
+    `save_every` steps, at the end, and before it raises `Stopped` for a signal (Ctrl-C is one, a
+    second one ends it at once). A new run takes its weights, and nothing else, from `init_from`.
+    Raises `FloatingPointError` naming the step if loss or gradient are not finite, `OSError` if a
+    checkpoint cannot be written; older ones stay. Raises `ValueError` for checkpoints that are all
+    damaged, and for a run that is to go on as another one.
     """
     out, device = config.run.out, torch.device(device)
     with contextlib.ExitStack() as stack:

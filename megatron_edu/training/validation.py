@@ -17,8 +17,9 @@ from megatron_edu.tensor_parallel.cross_entropy import (
     vocab_parallel_argmax,
     vocab_parallel_cross_entropy,
 )
+from ..tensor_parallel.fused_loss import CHUNK
 from .run import Batch, Data
-from .step import autocast
+from .step import autocast, float32_products
 
 # %% ../../nbs/6_training/07_validation.ipynb #e7132f10
 Sums = dict[str, torch.Tensor]      # (2,) float64 each: a sum, and over how many
@@ -30,21 +31,26 @@ def over(total: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
 
 # %% ../../nbs/6_training/07_validation.ipynb #78e9ccd2
 def bert_sums(model: Bert, batch: Batch) -> Sums:
-    "Losses and right answers of both tasks; logits are made at the masked positions alone."
+    "Losses and right answers of both tasks; logits are made for 512 masked positions at a time."
     types, mask = batch["token_types"], batch["attention_mask"]
     x = model.hidden_states(batch["input_ids"], types, mask)                # (b, s, h)
     masked = batch["labels"] != IGNORED                                     # (b, s)
     words, order = batch["labels"][masked], batch["sentence_order"]         # (m,), (b,)
-    local_logits = model.logits(model.mlm(x[masked]), model.mlm.bias)       # (m, v padded/tp)
+    x_masked = x[masked]                                                    # (m, h)
     split = {"group": model.group, "vocab_size": model.config.vocab_size}
-    losses = vocab_parallel_cross_entropy(local_logits, words, **split)     # (m,)
-    guesses = vocab_parallel_argmax(local_logits, **split)                  # (m,)
+    sums = torch.zeros(2, dtype=torch.float64, device=x.device)             # losses, right answers
+    for start in range(0, max(1, len(words)), CHUNK):
+        rows = slice(start, start + CHUNK)
+        own = model.logits(model.mlm(x_masked[rows]), model.mlm.bias)       # (512, v padded/tp)
+        losses = vocab_parallel_cross_entropy(own, words[rows], **split)    # (512,)
+        right = vocab_parallel_argmax(own, **split) == words[rows]          # (512,)
+        sums += torch.stack([losses.double().sum(), right.double().sum()])
     order_logits = model.order_logits(x)                                    # (b, 2)
     order_loss = F.cross_entropy(order_logits, order, reduction="sum")
     return {
-        "mlm_loss": over(losses.sum(), len(words)),
+        "mlm_loss": over(sums[0], len(words)),
         "sop_loss": over(order_loss, len(order)),
-        "mlm_accuracy": over((guesses == words).sum(), len(words)),
+        "mlm_accuracy": over(sums[1], len(words)),
         "sop_accuracy": over((order_logits.argmax(-1) == order).sum(), len(order)),
     }
 
@@ -66,7 +72,8 @@ def validate(
     model.eval()
     totals = []
     for batch in data.batches(data.validation, data.sampler(data.validation)):
-        with autocast(data.config.run.precision, data.device):
+        precision = data.config.run.precision
+        with float32_products(precision, data.device), autocast(precision, data.device):
             found = sums_of(model, batch)
         totals.append(torch.stack(list(found.values())))                    # (k, 2)
     model.train()
