@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.errors import Stopped
 from megatron_edu.failures import PACKAGE
+from megatron_edu.files import mark_folder
 from megatron_edu.models.bert import Bert
 from megatron_edu.files import MARK
 from megatron_edu.prepare import prepare, prepare_documents
@@ -312,23 +314,27 @@ def test_a_preset_may_be_given_in_one_word(capsys):
 
 
 def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train_verb, "prepare", lambda *args: seen.append(args))
+    seen, made = [], SimpleNamespace(file=None, lines=list)
+    monkeypatch.setattr(train_verb, "prepare_text", lambda *args: seen.append(args) or made)
+    monkeypatch.setattr(train_verb, "read_source", lambda folder: {"inputs": []})
     texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", corpus / "ready"
     options = "--data", *texts, "--out", out, "--text-field", "body"
     train_verb.find_tokens(arguments(*options, "--vocab-size", 400))
-    train_verb.find_tokens(arguments(*options, "--tokenizer", given))
+    train_verb.find_tokens(arguments(*options, "--tokenizer", given, "--lossy"))
     rest = "body", "gpt2"
-    assert seen == [(texts, out, None, 400, *rest), (texts, out, given, 512, *rest)]
+    first, second = (texts, out, None, 400, *rest, False), (texts, out, given, 512, *rest, True)
+    assert seen == [first, second]
 
 
 def test_tokens_that_a_run_left_before_its_first_checkpoint_are_written_anew(corpus, tmp_path):
-    "They may be of other text."
-    options = arguments("--data", corpus / "a.txt", "--out", tmp_path, "--text-field", "body")
-    for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
-        shutil.copy(corpus / "ready" / name, tmp_path)
-    before = len(TokenFile(tmp_path / "tokens"))
-    assert len(train_verb.find_tokens(options).file) != before
+    "They may be of other text. Those that were changed since are not ours to remove."
+    mark_folder(tmp_path, "run")
+    options = "--out", tmp_path, "--text-field", "body", "--data"
+    first = len(train_verb.find_tokens(arguments(*options, corpus / "a.jsonl")).file)
+    assert len(train_verb.find_tokens(arguments(*options, corpus / "a.txt")).file) != first
+    (tmp_path / "tokens.bin").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="tokens.bin is not as it was written"):
+        train_verb.find_tokens(arguments(*options, corpus / "a.jsonl"))
 
 
 def test_a_token_file_comes_alone(corpus, tmp_path, capsys):
