@@ -471,7 +471,7 @@ FIELDS: dict[str, dict[str, str | None]] = {    # of each field: STAYS, or what 
     },
     "run": {
         "seed": STAYS, "validation": STAYS,
-        "steps": RATE,
+        "steps": "the schedule is stretched or cut to it, and each rate from here on with it",
         "batch_size": "each step left reads so many samples; the rates stay",
         "micro_batch": ROUNDING,
         "precision": "losses are no longer those of the run so far",

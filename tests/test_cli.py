@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.errors import Stopped
 from megatron_edu.failures import PACKAGE
+from megatron_edu.files import mark_folder
 from megatron_edu.models.bert import Bert
+from megatron_edu.files import MARK
 from megatron_edu.prepare import prepare, prepare_documents
 from megatron_edu.ranks import RankError
 from megatron_edu.training.checkpoint import (
@@ -311,23 +314,27 @@ def test_a_preset_may_be_given_in_one_word(capsys):
 
 
 def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train_verb, "prepare", lambda *args: seen.append(args))
+    seen, made = [], SimpleNamespace(file=None, lines=list)
+    monkeypatch.setattr(train_verb, "prepare_text", lambda *args: seen.append(args) or made)
+    monkeypatch.setattr(train_verb, "read_source", lambda folder: {"inputs": []})
     texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", corpus / "ready"
     options = "--data", *texts, "--out", out, "--text-field", "body"
     train_verb.find_tokens(arguments(*options, "--vocab-size", 400))
-    train_verb.find_tokens(arguments(*options, "--tokenizer", given))
+    train_verb.find_tokens(arguments(*options, "--tokenizer", given, "--lossy"))
     rest = "body", "gpt2"
-    assert seen == [(texts, out, None, 400, *rest), (texts, out, given, 512, *rest)]
+    first, second = (texts, out, None, 400, *rest, False), (texts, out, given, 512, *rest, True)
+    assert seen == [first, second]
 
 
 def test_tokens_that_a_run_left_before_its_first_checkpoint_are_written_anew(corpus, tmp_path):
-    "They may be of other text."
-    options = arguments("--data", corpus / "a.txt", "--out", tmp_path, "--text-field", "body")
-    for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
-        shutil.copy(corpus / "ready" / name, tmp_path)
-    before = len(TokenFile(tmp_path / "tokens"))
-    assert len(train_verb.find_tokens(options).file) != before
+    "They may be of other text. Those that were changed since are not ours to remove."
+    mark_folder(tmp_path, "run")
+    options = "--out", tmp_path, "--text-field", "body", "--data"
+    first = len(train_verb.find_tokens(arguments(*options, corpus / "a.jsonl")).file)
+    assert len(train_verb.find_tokens(arguments(*options, corpus / "a.txt")).file) != first
+    (tmp_path / "tokens.bin").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="tokens.bin is not as it was written"):
+        train_verb.find_tokens(arguments(*options, corpus / "a.jsonl"))
 
 
 def test_a_token_file_comes_alone(corpus, tmp_path, capsys):
@@ -420,7 +427,8 @@ def no_index(folder):
 
 
 def large_ids(folder):
-    (folder / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "tokens.idx", "tokens.bin"):
+        (folder / name).unlink()
     with TokenFileWriter(folder / "tokens", dtype=np.int32) as writer:
         for _ in range(2):
             writer.append([1] * 100 + [512])
@@ -428,6 +436,8 @@ def large_ids(folder):
 
 
 def one_document(folder):
+    for name in ("tokens.idx", "tokens.bin"):
+        (folder / name).unlink()
     with TokenFileWriter(folder / "tokens", 300) as writer:
         writer.append([1] * 100)
 
@@ -475,7 +485,8 @@ OTHER_TEXT = ["Quick zebras jump over lazy wolves. A fox waits! Bright owls vex 
 def other_tokens(folder, model="gpt2", **options):
     "Another text, prepared by a tokenizer of its own."
     (folder / "other.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in OTHER_TEXT))
-    prepare((folder / "other.jsonl",), folder / "other", model=model, **options)
+    options |= {"model": model, "overwrite": True}
+    prepare((folder / "other.jsonl",), folder / "other", **options)
     return folder / "other"
 
 
@@ -730,7 +741,7 @@ def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == f"{len(file)} documents, {file.num_tokens:,} tokens in {out}\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"
+        MARK, "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"
     ]
     assert load_tokenizer(tmp_path / "out").core.get_vocab() == (
         load_tokenizer(given).core.get_vocab()
@@ -812,8 +823,7 @@ def test_generate_on_two_ranks_writes_the_same(run, capfd):
 def brief(run, tmp_path_factory):
     "A run whose model draws every token from the same shares: one in five ends the document."
     folder = tmp_path_factory.mktemp("brief")
-    shutil.copy(run / "tokenizer.json", folder)
-    model, eod_id = load_model(latest_checkpoint(run)), load_tokenizer(folder).eod_id
+    model, eod_id = load_model(latest_checkpoint(run)), load_tokenizer(run).eod_id
     others = model.config.vocab_size - 1
     with torch.no_grad():
         for weight in (model.ln_f.weight, model.ln_f.bias, model.wte.weight):
@@ -821,6 +831,7 @@ def brief(run, tmp_path_factory):
         model.ln_f.bias[0] = 1
         model.wte.weight[eod_id, 0] = math.log(others / 4)
     save_checkpoint(folder, 0, model)
+    shutil.copy(run / "tokenizer.json", folder)
     return folder
 
 

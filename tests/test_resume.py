@@ -643,7 +643,8 @@ def move(here):
 def test_text_that_is_the_same_is_not_tokenized_again(fresh, monkeypatch, capsys, happens, named):
     happens(fresh)
     kept = Path("fresh/tokens.bin").read_bytes()
-    monkeypatch.setattr("megatron_edu.cli.train.prepare", lambda *a: pytest.fail("tokenized"))
+    tokenize = "megatron_edu.cli.train.prepare_text"
+    monkeypatch.setattr(tokenize, lambda *a: pytest.fail("tokenized"))
     me(f"train --out fresh --resume auto --steps 3 {named}")
     assert Path("fresh/tokens.bin").read_bytes() == kept and len(losses("fresh")) == 3
 

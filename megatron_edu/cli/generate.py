@@ -15,6 +15,7 @@ import torch
 from .checks import check_split, run_tokenizer
 from .options import GenerateArguments
 from .paint import silent
+from ..data.round_trip import encode_prompt
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..generate import check_next_token, generate, ids_without_token
 from ..memory import WEIGHTS, check_memory
@@ -84,7 +85,7 @@ def run(asked: GenerateArguments) -> None:
     if not asked.force:
         check_memory(WEIGHTS * config.num_parameters(), "this model")
     tokenizer = load_tokenizer(path)
-    ids = tokenizer.encode(read_prompt(asked.prompt)) or [tokenizer.eod_id]
+    ids = encode_prompt(tokenizer, read_prompt(asked.prompt)) or [tokenizer.eod_id]
     stop_id = tokenizer.eod_id if asked.stop else None
     work = folder, path, ids, asked.tokens, asked.sampling, stop_id
     launch(generate_on_rank, ParallelDims(tp=asked.tp), *work, say=silent)

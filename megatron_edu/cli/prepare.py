@@ -23,3 +23,5 @@ def run(asked: PrepareArguments) -> None:
     sentences = f"{len(file):,} sentences, " if asked.model == "bert" else ""
     documents = len(file.document_offsets) - 1
     print(f"{documents:,} documents, {sentences}{file.num_tokens:,} tokens in {out}")
+    for line in made.lines():       # what was lost or changed on the way
+        print(line)
