@@ -307,13 +307,13 @@ for kind in FOLDERS:
     named = refused(FOLDERS[kind])
 
     def header(change, kind=kind):
-        def make(folder, chance):
+        def changed(folder, chance):
             described, data = read_tensors(weights(folder, kind))
             name = chance.choice(sorted(n for n in described if n != "__metadata__"))
             change(described, name)
             write_tensors(weights(folder, kind), described, data)
 
-        return make
+        return changed
 
     for name, make in {
         "weights cut short": lambda folder, chance, kind=kind: cut(weights(folder, kind), chance),

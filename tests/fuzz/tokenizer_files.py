@@ -102,7 +102,7 @@ def a_frame_of_special_tokens(folder, chance):
     edit(gpt2(folder), lambda core: core.update(post_processor=frame))
 
 
-LOWER = f"prepare lower.jsonl --out out --tokenizer gpt2/tokenizer.json"
+LOWER = "prepare lower.jsonl --out out --tokenizer gpt2/tokenizer.json"
 
 
 @damage(KIND, LOWER, Accepted("prepare lower"), times=4)
