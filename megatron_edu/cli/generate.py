@@ -83,7 +83,7 @@ def run(asked: GenerateArguments) -> None:
     check_next_token(config)
     check_split(config, asked.tp)
     if not asked.force:
-        check_memory(WEIGHTS * config.num_parameters(), "this model")
+        check_memory(WEIGHTS * config.num_parameters(), f"the model of {folder}")
     tokenizer = load_tokenizer(path)
     ids = encode_prompt(tokenizer, read_prompt(asked.prompt)) or [tokenizer.eod_id]
     stop_id = tokenizer.eod_id if asked.stop else None

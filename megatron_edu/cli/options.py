@@ -8,6 +8,7 @@ __all__ = ['SMALL', 'VERBS', 'TrainArguments', 'preset_arguments', 'given', 'cho
            'PresetsArguments', 'DoctorArguments', 'BreakArguments', 'demo_defaults', 'generate_defaults', 'Verb']
 
 # %% ../../nbs/7_using/06_cli_options.ipynb #30482a7f
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -114,8 +115,8 @@ def warmed_up(
 ) -> TrainConfig:
     "With the warm-up of as many steps as the command line gives, if the preset is a small one."
     steps = given(args, "--steps")
-    if preset not in SMALL or steps is None or not steps.isdecimal() or int(steps) == 0:
-        return config
+    if preset not in SMALL or not re.fullmatch("0*[1-9][0-9]{0,17}", steps or ""):
+        return config        # what is no number of steps is refused with its name, later
     return replace(config, optimizer=quick_recipe(config.model, Path(), int(steps)).optimizer)
 
 

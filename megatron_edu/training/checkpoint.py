@@ -174,7 +174,12 @@ def load_weights(
 
     Raises `ValueError` if they do not fit the model, and if one is not finite.
     """
-    model.load_state_dict(shard_state_dict(_read_tensors(Path(folder) / MODEL), model))
+    path = Path(folder) / MODEL
+    full = _read_tensors(path)
+    try:
+        model.load_state_dict(shard_state_dict(full, model))
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the {CONFIG} beside it: {error}") from None
 
 
 def load_model(

@@ -26,6 +26,7 @@ CLEAN = {       # lines that go well, whose results are those of accepted cases
     "train": f"{TRAIN} --data gpt2",
     "train bert": f"{TRAIN_BERT} --data bert",
     "resume": RESUME,
+    "resume earlier": RESUME.replace("--out run", "--out earlier"),
     "generate": GENERATE,
     "generate at random": "generate run --tokens 8 --prompt the --seed 3",
     "read": f"{READ} huggingface",

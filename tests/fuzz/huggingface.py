@@ -87,7 +87,8 @@ for kind, fields in VARIANTS.items():
 
 for name, content in NOT_JSON.items():
     for kind in FOLDERS:
-        add(KIND, f"{kind}: {name} for config.json", LINES[kind], refused(FOLDERS[kind], CONFIG),
+        expected = refused(FOLDERS[kind], CONFIG if content else "without a model")
+        add(KIND, f"{kind}: {name} for config.json", LINES[kind], expected,
             replace_by(content, FOLDERS[kind], "config.json"))
 
 for name, value in {

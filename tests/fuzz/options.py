@@ -28,10 +28,10 @@ each(LINE, "--micro-batch", [0, -1, 1.5, "x", 3])
 for option in ("steps", "batch-size", "eval-batches"):
     each(LINE, f"--{option}", HUGE)
 for option in ("num-layers", "hidden-size", "max-seq-len", "vocab-multiple", "ffn-hidden-size"):
-    each(LINE, f"--{option}", [2**40, *HUGE], "memory|must|divide|long|text|documents|tokens")
+    each(LINE, f"--{option}", [2**40, *HUGE], "memory|must|divide|long|text|documents|tokens|at most")
 each(LINE, "--num-heads", [3, 5, 2**63], "heads")
 each(LINE, "--tp", [3, 4, 2**40, 10**30], "tp")
-each(LINE, "--dp", [3, 2**40, 10**30], "dp|replica|batch|rank")
+each(LINE, "--dp", [3, 2**40, 10**30], "dp|replica|batch|rank|memory")
 each(LINE, "--warmup-steps", [-1, 1.5, "x", "nan"])
 
 NO_NUMBERS = ["nan", "-1", "x", "", "1e999", "1e", "0,1", "one", "-inf", "++1"]
@@ -39,7 +39,7 @@ for option in ("lr", "weight-decay", "eps", "init-std", "layer-norm-eps", "min-l
     each(LINE, f"--{option}", NO_NUMBERS)
 for option in ("beta1", "beta2", "dropout"):
     each(LINE, f"--{option}", ["nan", "-0.1", "1", "x", "", "inf"])
-each(LINE, "--validation", ["nan", "0", "1", "-0.1", "1.5", "x", "0.999999"], "validation|document|text")
+each(LINE, "--validation", ["nan", "0", "1", "-0.1", "1.5", "x"], "validation")
 each(LINE, "--clip", ["nan", "0", "-1", "x"])
 each(LINE, "--lr", ["0", "1e-5"], "lr")
 
@@ -47,7 +47,7 @@ for option in ("precision", "decay", "gelu", "resume"):
     each(LINE, f"--{option}", ["", "x", "FP32", "None", "never ", "fp32,bf16"])
 each(LINE, "--preset", ["", "Tiny", "gpt3", "../tiny", "tiny "])
 each(LINE, "--model", ["", "GPT2", "bert ", "llama"])
-each(LINE, "--compile", ["x", "1"])
+each(LINE, "--compile", ["x", "1"], "Unrecognized|compile")
 each(LINE, "--seed", [-1, 2**63, 2**64, 10**30, "x", "1.5", "nan", DIGITS])
 each(LINE, "--text-field", ["\udce9"], "UTF-8")
 each(LINE, "--vocab-size", [0, -1, 299, 301, "x", 10**30], "vocab[-_]size")
@@ -96,7 +96,7 @@ for verb in ("Train", "trian", "prep", "", " ", "-x", "--verbose", "generate2", 
     expected = refused("verb|no such|UTF-8|unknown")
     add(KIND, f"the verb {ascii(verb)}", [verb, "--data", "gpt2"], expected)
 for line, name in {
-    "prepare text.jsonl": "out", "prepare --out out": "input", "generate": "run", "convert --from run": "to",
+    "prepare text.jsonl": "out", "prepare --out out": "input|path", "generate": "run", "convert --from run": "to",
     "convert --to out": "from", f"{TRAIN}": "data", "train --data gpt2": "out",
 }.items():
     add(KIND, f"missing {name}: {' '.join(line.split()[:1])}", line, refused(f"(?i){name}"))
@@ -104,7 +104,8 @@ for option in ("--steps", "--lr", "--precision", "--data", "--seed"):
     words = [word for word in LINE.split()]
     if option == "--data":
         words = TRAIN.split()
-    add(KIND, f"no value for {option}", [*words, option], refused(option.lstrip("-")))
+    naming = "path|data" if option == "--data" else option.lstrip("-")
+    add(KIND, f"no value for {option}", [*words, option], refused(naming))
 add(KIND, "a word too many", f"{GENERATE} more", refused("more"))
 add(KIND, "an option twice, the last one counts", f"{LINE} --steps 7 --steps 2", Accepted("train"))
 add(KIND, "an option in both spellings", LINE.replace("--batch-size", "--batch_size"), Accepted("train"))

@@ -35,13 +35,13 @@ def both(name, make, file, resumed=None):
     "A damage of a file of the newest checkpoint: `generate` refuses, `--resume auto` passes it over."
     file = file.replace(".", r"\.")
     add(KIND, f"{name}: generate", GENERATE, refused(f"{NEWEST}/{file}"), make)
-    add(KIND, f"{name}: resume", RESUME, resumed or Accepted("resume", SAID), make, ["gpt2"])
+    add(KIND, f"{name}: resume", RESUME, resumed or Accepted("resume earlier", SAID), make, ["gpt2"])
 
 
 for name, content in NOT_JSON.items():
     both(f"{name} for config.json", replace_by(content, NEWEST, "config.json"), "config.json")
     make = replace_by(content, NEWEST, "state.json")
-    add(KIND, f"{name} for state.json: resume", RESUME, Accepted("resume", SAID), make, ["gpt2"])
+    add(KIND, f"{name} for state.json: resume", RESUME, Accepted("resume earlier", SAID), make, ["gpt2"])
 
 WRONG_SIZES = {
     "num_layers": [0, -1, 2, "1", None, 1.0, True, [1], 10**9, 10**30],
@@ -80,19 +80,19 @@ def of_an_unknown_architecture(folder, chance):
     edit(folder / NEWEST / "config.json", lambda c: c.update(architecture=kind))
 
 
-@damage(KIND, RESUME, Accepted("resume", SAID), times=6, needs=["gpt2"])
+@damage(KIND, RESUME, Accepted("resume earlier", SAID), times=6, needs=["gpt2"])
 def a_step_that_is_none(folder, chance):
     step = chance.choice([None, "2", -1, 2.5, [], True, 10**30, 3])
     edit(folder / NEWEST / "state.json", lambda c: c.update(step=step))
 
 
-@damage(KIND, RESUME, Accepted("resume", SAID), times=4, needs=["gpt2"])
+@damage(KIND, RESUME, Accepted("resume earlier", SAID), times=4, needs=["gpt2"])
 def samples_that_were_not_consumed(folder, chance):
     consumed = chance.choice([None, "4", -4, 2.5, 10**30, {}])
     edit(folder / NEWEST / "state.json", lambda c: c.update(consumed=consumed))
 
 
-@damage(KIND, RESUME, Accepted("resume", SAID), needs=["gpt2"])
+@damage(KIND, RESUME, Accepted("resume earlier", SAID), needs=["gpt2"])
 def no_samples_consumed(folder, chance):
     edit(folder / NEWEST / "state.json", lambda c: c.pop("consumed") and None)
 
@@ -107,7 +107,7 @@ def header_edited(name, change, file="model.safetensors"):
         write_tensors(folder / NEWEST / file, header, data)
 
     both(f"{name} in {file}", make, file) if file == "model.safetensors" else add(
-        KIND, f"{name} in {file}: resume", RESUME, Accepted("resume", SAID), make, ["gpt2"]
+        KIND, f"{name} in {file}: resume", RESUME, Accepted("resume earlier", SAID), make, ["gpt2"]
     )
 
 
@@ -135,7 +135,7 @@ def whole(name, change):
 
     for number in range(2):
         both(f"{name} {number + 1}, model", make_model, "model.safetensors")
-    add(KIND, f"{name}, moments: resume", RESUME, Accepted("resume", SAID), make_moments, ["gpt2"])
+    add(KIND, f"{name}, moments: resume", RESUME, Accepted("resume earlier", SAID), make_moments, ["gpt2"])
     add(KIND, f"{name}, moments: generate", GENERATE, Accepted("generate"), make_moments)
 
 
@@ -224,11 +224,10 @@ for name in ("null", "deep", "latin-1", "half"):
     add(KIND, f"{name} for the tokenizer", GENERATE, refused(r"run/tokenizer\.json"), make)
 
 
-@damage(KIND, GENERATE, refused("tokenizer"))
-def a_larger_tokenizer(folder, chance):
+@damage(KIND, GENERATE, refused("token|vocab"))
+def a_tokenizer_with_ids_that_the_model_does_not_have(folder, chance):
     def change(core):
-        vocab = core["model"]["vocab"]
-        vocab.update({f"more{i}": len(vocab) + i for i in range(500)})
+        core["added_tokens"].append(core["added_tokens"][0] | {"content": "the", "id": 700})
 
     edit(folder / "run/tokenizer.json", change)
 
