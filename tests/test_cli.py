@@ -139,7 +139,8 @@ def test_help_of_train_offers_every_field(capsys, verb, preset):
     config = options.preset_arguments(preset).config
     for part in (config.model, config.run, config.optimizer, config.parallel):
         for field in dataclasses.fields(part):
-            assert f"--{field.name.replace('_', '-')}" in text
+            offered = f"--{field.name.replace('_', '-')} " in text
+            assert offered == (field.name != "pp"), field.name      # not before there is a pipeline
     assert "--data" in text and "--tokenizer" in text and "--text-field" in text
 
 
@@ -171,7 +172,7 @@ def test_help_of_train_says_whose_defaults_it_shows(capsys):
         said = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(capsys, verb))
         assert "--model bert --help shows those of a BERT" in said
         assert "--preset NAME --help those of any other preset" in said
-        assert "The defaults are" not in said and "presets of `train` have their own" in said
+        assert "Without arguments" not in said      # of a class, where a preset says otherwise
 
 
 def test_help_of_the_demo_shows_the_defaults_of_the_model(capsys):
@@ -186,6 +187,12 @@ def test_without_a_verb_the_verbs_are_listed(capsys):
         cli.main(args)
         text = capsys.readouterr().out
         assert all(f"  {verb}" in text for verb in options.VERBS)
+
+
+@pytest.mark.parametrize("verb", ["train", "prepare", "generate", "convert"])
+def test_a_verb_without_options(capsys, verb):
+    (line,) = refusal(capsys, verb).splitlines()
+    assert line.startswith(f"megatron-edu {verb}: Missing") and f"{verb} --help" in line
 
 
 def test_an_unknown_verb(capsys):
@@ -528,7 +535,7 @@ def test_other_tokens_for_a_run_without_a_tokenizer(corpus, run, tmp_path, capsy
     kept, rest = content(copy), ("--out", copy, "--resume", "auto", "--steps", 9)
     other = other_tokens(tmp_path, vocab_size=270)
     text = refusal(capsys, "train", *SHORT, "--data", other, *rest)
-    assert "not those that" in text and "was trained on" in text
+    assert "not the tokenizer" in text and "was trained with" in text
     other_tokens(tmp_path, vocab_size=300)
     text = refusal(capsys, "train", *SHORT, "--data", other, *rest)
     assert "has 300 tokens, and the weights know 280 ids" in text
@@ -662,7 +669,8 @@ def test_a_missing_option_is_named(corpus, tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_ranks")
 def test_ranks_of_torchrun_do_not_all_write_the_token_file(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train_verb, "under_torchrun", lambda: True)
+    monkeypatch.setattr(train_verb, "shared_plan", train_verb.make_plan)
     data = corpus / "a.txt", corpus / "a.jsonl"
     text = refusal(capsys, "train", *SHORT, "--out", tmp_path / "run", "--data", *data)
     assert f"{data[0]}, {data[1]} is no token file" in text
@@ -905,7 +913,7 @@ def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):
     there.mkdir()       # empty
     cli.main(f"convert --from {run} --to {there} --format huggingface".split())
     cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
-    said = f"{load_config(latest_checkpoint(run)).num_parameters():,} parameters in {there}\n"
+    said = f"{load_config(latest_checkpoint(run)).num_parameters():,} parameters in {there}; compared with transformers"
     assert capsys.readouterr().out.startswith(said)
     assert load_state(latest_checkpoint(back))["step"] == 0
     tokenizers = {(folder / "tokenizer.json").read_bytes() for folder in (run, there, back)}
@@ -935,7 +943,7 @@ def test_convert_refuses(run, tmp_path, capsys):
         text = refusal(
             capsys, "convert", "--from", run, "--to", tmp_path / "full", "--format", form
         )
-        assert "is not empty" in text
+        assert "is a folder with files that are not ours" in text
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])

@@ -6,7 +6,6 @@
 __all__ = ['Speech', 'read_prompt', 'run', 'model_config', 'generate_on_rank']
 
 # %% ../../nbs/7_using/09_cli_generate.ipynb #aa01add7
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from .paint import silent
 from ..data.round_trip import encode_prompt
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..generate import check_next_token, generate, ids_without_token
+from ..machine import under_torchrun
 from ..memory import WEIGHTS, check_memory
 from ..mesh import ParallelDims, ParallelGroups
 from ..prepare import TOKENIZER
@@ -57,7 +57,7 @@ def read_prompt(prompt: str) -> str:
     "The prompt, or what standard input says where it is -. One new line at its end is no text."
     if prompt != "-":
         return prompt
-    if "RANK" in os.environ:
+    if under_torchrun():
         raise ValueError("--prompt -: ranks of torchrun have no input; give the text with --prompt")
     if sys.stdin is None:
         raise ValueError("--prompt -: standard input is closed; give the text with --prompt")

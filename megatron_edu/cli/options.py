@@ -84,7 +84,7 @@ def preset_arguments(preset: str) -> TrainArguments:
 def given(args: list[str], option: str) -> str | None:
     "What a command line says after an option, at last; None where it says nothing."
     found = None
-    for word, following in zip(args, [*args[1:], None], strict=True):
+    for word, following in zip(args, [*args[1:], None], strict=False):
         name, equals, value = word.partition("=")
         if name.replace("_", "-") == option:
             found = value if equals else following

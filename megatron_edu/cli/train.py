@@ -9,7 +9,6 @@ __all__ = ['BESIDE', 'KEPT', 'PATIENCE', 'find_tokenizer', 'check_vocabulary', '
 
 # %% ../../nbs/7_using/02_train.ipynb #19a839d5
 import json
-import os
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -33,6 +32,7 @@ from ..config import PRESETS, ModelConfig
 from ..data.source import describe_inputs, read_source, same_inputs
 from ..data.token_file import TokenFile
 from ..files import kind_in, read_mark, remove_files
+from ..machine import is_first_rank, under_torchrun
 from ..memory import check_memory, training_bytes
 from ..mesh import ParallelGroups
 from ..owner import Owner, own_run
@@ -165,7 +165,7 @@ def find_tokens(
                 "of the WordPiece that wrote it; name that with --tokenizer"
             )
         return Tokens(TokenFile(prefix), path, noted, [])
-    if "RANK" in os.environ:
+    if under_torchrun():
         raise ValueError(
             f"{named} is no token file, and many ranks of torchrun would write the same one; "
             "run megatron-edu prepare first, and give its folder"
@@ -349,7 +349,7 @@ PATIENCE = timedelta(hours=6)       # that the first rank may take: it reads all
 
 def shared_plan(arguments: TrainArguments) -> Plan:
     "The plan of the first rank. All raise what it raised, as `ValueError`."
-    if "RANK" not in os.environ:
+    if not under_torchrun():
         return make_plan(arguments)
     store, rank, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
     key = "megatron_edu/plan"
@@ -408,7 +408,7 @@ def run(arguments: TrainArguments) -> None:
     check_no_model(out)
     if not arguments.force:
         check_memory(training_bytes(config.model, config.parallel.dp), "training of this model")
-    if "RANK" in os.environ:        # of torchrun: its first rank owns the folder while it trains
+    if under_torchrun():        # its first rank owns the folder while it trains
         _train(arguments, None)
         return
     with own_run(out) as owner:
@@ -431,7 +431,7 @@ def _train(
     "Plan, say it, start ranks."
     plan, quiet = shared_plan(arguments), arguments.quiet
     out = plan.config.run.out
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first_rank()
     if plan.done:
         if first:
             print(plan.done)
