@@ -1,6 +1,8 @@
 "What is typed: values, names, repetitions and contradictions of options."
 
-from fuzz.cases import GENERATE, TRAIN, TRAIN_BERT, Accepted, add, refused
+import random
+
+from fuzz.cases import GENERATE, SEED, TRAIN, TRAIN_BERT, Accepted, add, refused
 
 KIND = "options"
 LINE = f"{TRAIN} --data gpt2"
@@ -37,7 +39,7 @@ NO_COUNTS = [
     DIGITS,
 ]
 for option in ("steps", "batch-size", "eval-every", "eval-batches", "log-every", "save-every"):
-    each(LINE, f"--{option}", NO_COUNTS)
+    each(LINE, f"--{option}", random.Random(f"{SEED} {option}").sample(NO_COUNTS, 7))
 for option in (
     "num-layers",
     "hidden-size",
