@@ -311,7 +311,7 @@ class Lookout:
     ) -> Late | None:               # None: all go on
         "The rank that keeps the others waiting."
         now = time.monotonic()
-        if now - self.looked > limit / 4:       # this process was stopped too, or did not look
+        if now - self.looked > max(limit / 4, 5):       # this process was stopped, too
             self.since.clear()
         self.looked = now
         places = [p for p in self.board.places() if p.state not in ("absent", "starting")]

@@ -213,14 +213,14 @@ def test_a_late_rank_and_its_collective_are_named(
     gloo, monkeypatch, capfd, waits, collective, condition
 ):
     "First in a line, and at the limit in the error that ends all ranks."
-    monkeypatch.setenv("MEGATRON_EDU_NOTICE", "0.5")
-    monkeypatch.setenv("MEGATRON_EDU_TIMEOUT", "4")
+    monkeypatch.setenv("MEGATRON_EDU_NOTICE", "2")
+    monkeypatch.setenv("MEGATRON_EDU_TIMEOUT", "8")
     words = f"rank 1 has not joined {collective}, in which rank 0 has waited for"
-    with pytest.raises(RankError, match=f"^{words} 4 s: {condition}.*ranks were ended$") as caught:
+    with pytest.raises(RankError, match=f"^{words} 8 s: {condition}.*ranks were ended$") as caught:
         launch(late, ParallelDims(dp=2), waits)
     assert caught.value.rank == 1 and caught.value.trace == ""
     lines = capfd.readouterr().err.splitlines()
-    assert any(re.match(f"{words} 0.5 s: {condition}.*; at 4 s all ranks end$", x) for x in lines)
+    assert any(re.match(f"{words} 2 s: {condition}.*; at 8 s all ranks end$", x) for x in lines)
     assert all(line.startswith("rank 1 has ") for line in lines)
 
 
@@ -229,13 +229,13 @@ def stopped_for_a_while(groups, device):
     pids = [None] * 2
     dist.all_gather_object(pids, os.getpid())
     if dist.get_rank() == 0:
-        threading.Timer(3, os.kill, (pids[1], signal.SIGCONT)).start()
+        threading.Timer(6, os.kill, (pids[1], signal.SIGCONT)).start()
     stop_rank_1()
     return all_reduce(torch.ones(()), groups.dp_group).item()
 
 
 def test_a_run_goes_on_when_a_late_rank_comes(gloo, monkeypatch, capfd):
-    monkeypatch.setenv("MEGATRON_EDU_NOTICE", "0.5")
+    monkeypatch.setenv("MEGATRON_EDU_NOTICE", "2")
     assert launch(stopped_for_a_while, ParallelDims(dp=2)) == 2
     assert "rank 1 has not joined all_reduce of () float32 over dp" in capfd.readouterr().err
 

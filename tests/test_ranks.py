@@ -629,7 +629,7 @@ def stop_on_1(collective):
     ],
 )
 def test_a_stopped_rank_and_its_collective_are_named(monkeypatch, capfd, collective, words):
-    monkeypatch.setenv("MEGATRON_EDU_NOTICE", "0.5")
+    monkeypatch.setenv("MEGATRON_EDU_NOTICE", "1")
     with Ranks(3, timeout=4, threads=1) as world:
         with pytest.raises(RankError, match=f"Rank 1 has not joined {words}.*is stopped"):
             world(stop_on_1, collective)

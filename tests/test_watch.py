@@ -123,7 +123,7 @@ def test_a_terminal_that_stopped_all_of_them_accuses_nobody(clock):
 
     assert not any(look((beat, beat)) for beat in range(90))
     clock.now += 3600       # Ctrl-Z, and an hour later fg; rank 0 is the first to move
-    assert look((91, 90)) is None and look((92, 91)) is None
+    assert look((90, 89)) is None and look((91, 89)) is None
 
 
 def test_a_place_half_written_is_not_read():
