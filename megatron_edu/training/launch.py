@@ -66,6 +66,8 @@ def _report(error: BaseException) -> _Report:
     "An exception of a rank: one line for what a user or a machine can cause, else its traceback."
     if isinstance(error, KeyboardInterrupt):
         error = Stopped(signal.SIGINT)
+    while isinstance(error.__context__, Stopped):   # asked again on the way out, after the save
+        error = error.__context__
     if isinstance(error, Stopped):
         return _Report("stopped", error)
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_LOST):
@@ -423,8 +425,8 @@ def launch(
     notice()                        # a limit that is no number is refused before ranks start
     crew = _Crew(dims, patience(), say)
     payload = _pickle((fn, args))
-    say(f"{dims.world_size} ranks (tp={dims.tp}, dp={dims.dp}), backend {backend}: {reason}")
     with tempfile.TemporaryDirectory() as folder, crew.listening():
+        say(f"{dims.world_size} ranks (tp={dims.tp}, dp={dims.dp}), backend {backend}: {reason}")
         try:
             crew.start(dims, payload, backend, folder)
             return crew.run()
