@@ -11,7 +11,7 @@ LAB =
 .PHONY: help demo test lab gpu export readme clean lint
 
 help:
-	@echo "make demo     install into .venv, then train, sample and re-shard a small GPT-2"
+	@echo "make demo     install into .venv; the checks, a mistake, then a small GPT-2 is trained"
 	@echo "              (a BERT, afterwards: .venv/bin/megatron-edu demo --model bert)"
 	@echo "make test     install into .venv, then all checks"
 	@echo "make lab      install into .venv, then open the course in JupyterLab, on this machine alone"

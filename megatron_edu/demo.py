@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'Say', 'train_from_folder', 'demo_plan', 'sample', 'Row', 'compare_split', 'compare_splits', 'first_tokens',
-           'equivalence_table', 'stages', 'train_on_corpus', 'compare_on_ranks', 'demo']
+           'equivalence_table', 'stages', 'emptied', 'train_on_corpus', 'compare_on_ranks', 'demo']
 
 # %% ../nbs/7_using/02_demo.ipynb #4bf2bdfd
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from .data.corpus import embedded_corpus
 from .data.token_file import TokenFile
 from .data.tokenizer import Tokenizer
 from .data.wordpiece import WordPiece, load_wordpiece
+from .files import empty_run
 from .generate import generate
 from .mesh import ParallelDims, ParallelGroups
+from .owner import Owner, own_run
 from .prepare import TOKENIZER, TOKENIZERS, TOKENS, prepare_documents
 from .ranks import Ranks
 from .reference.bert import Bert as ReferenceBert
@@ -42,11 +45,11 @@ def train_from_folder(
     config: TrainConfig,
     tokens: Path,                   # prefix of a token file
     tokenizer: Path | None = None,  # that wrote it; a BERT needs it
-    quiet: bool = False,            # write metrics, and say nothing
+    owner: Owner | None = None,     # of the run's folder; None: the first rank owns it meanwhile
 ) -> None:
     "What each rank of a training run does."
     pieces = load_wordpiece(tokenizer) if isinstance(config.model, BertConfig) else None
-    train(config, TokenFile(tokens), groups, device, pieces, quiet=quiet)
+    train(config, TokenFile(tokens), groups, device, pieces, owner=owner)
 
 # %% ../nbs/7_using/02_demo.ipynb #4957b30d
 def demo_plan(
@@ -55,6 +58,11 @@ def demo_plan(
     "The training run of the demo."
     plan = quick_recipe(PRESETS[LAPTOP[config.model]], config.out, config.steps)
     run = replace(plan.run, seed=config.seed, log_every=25, save_every=config.steps)
+    if config.model == "gpt2":      # two thirds of the layers, half the batch: a minute of training
+        run = replace(run, batch_size=8)
+        model = replace(plan.model, num_layers=4)
+        rates = replace(plan.optimizer, lr=1.2e-3, min_lr=1.2e-4)   # 2e-3 is too much for 8 samples
+        plan = replace(plan, model=model, optimizer=rates)
     return replace(plan, run=run, parallel=ParallelDims(tp=config.tp))
 
 # %% ../nbs/7_using/02_demo.ipynb #21f141ca
@@ -147,10 +155,19 @@ def stages() -> Say:
     return lambda text: print(f"[{time.perf_counter() - begun:4.0f} s] {text}", flush=True)
 
 
+@contextmanager
+def emptied(out: Path) -> Iterator[Owner]:
+    "Own the folder of a demo; what an earlier demo wrote goes. `ValueError` if that was changed."
+    with own_run(out) as owner:
+        empty_run(out)
+        yield owner
+
+
 def train_on_corpus(
     config: DemoConfig,
     plan: TrainConfig,
     say: Say,
+    owner: Owner,
 ) -> tuple[TokenFile, Tokenizer | WordPiece]:
     "Corpus, tokenizer and training, which are the same for every model. The text becomes tokens."
     size, out = plan.model.vocab_size, config.out
@@ -160,7 +177,8 @@ def train_on_corpus(
     tokens = prepare_documents(documents, out, tokenizer)
     parameters, name = plan.model.num_parameters(), {"gpt2": "GPT-2", "bert": "BERT"}[config.model]
     say(f"training a {name} of {parameters:,} parameters on {tokens.num_tokens:,} tokens")
-    launch(train_from_folder, plan.parallel, plan, out / TOKENS, out / TOKENIZER)
+    work = plan, out / TOKENS, out / TOKENIZER, owner
+    launch(train_from_folder, plan.parallel, *work)
     return tokens, tokenizer
 
 
@@ -188,7 +206,8 @@ def demo(
     Raises `AssertionError` if one of them differs.
     """
     say, plan, out = say or stages(), demo_plan(config), config.out
-    tokens, tokenizer = train_on_corpus(config, plan, say)
+    with emptied(out) as owner:
+        tokens, tokenizer = train_on_corpus(config, plan, say, owner)
     losses = [loss for _, loss in validation_losses(read_metrics(out))]
     say(f"validation loss: {losses[0]:.2f} -> {losses[-1]:.2f}; curve in {out / 'loss.png'}")
     checkpoint = checkpoint_folder(out, config.steps)

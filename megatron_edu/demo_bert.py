@@ -22,6 +22,7 @@ from megatron_edu.demo import (
     Say,
     compare_on_ranks,
     demo_plan,
+    emptied,
     stages,
     train_on_corpus,
 )
@@ -162,7 +163,8 @@ def demo_bert(
     Raises `AssertionError` if one of them differs.
     """
     say, plan, out = say or stages(), demo_plan(config), config.out
-    tokens, tokenizer = train_on_corpus(config, plan, say)
+    with emptied(out) as owner:
+        tokens, tokenizer = train_on_corpus(config, plan, say, owner)
     for line in progress(out):
         say(line)
     say(f"curves in {out / 'loss.png'}; words hidden in sentences that it has never seen:")

@@ -29,6 +29,7 @@ KINDS = {                       # of folders: what a message calls them
     "prepared": "a prepared text",
     "checkpoint": "a checkpoint",
     "huggingface": "a model for transformers",
+    "model": "a converted model",
     "results": "results of a benchmark",
 }
 
@@ -316,8 +317,8 @@ def check_folder(
     what = _what_is(path)
     if what:
         raise ValueError(
-            f"{path} is {what}; a folder is written that is new, empty, or {KINDS[kind]} of ours; "
-            f"{OTHER}"
+            f"{path} is {what}; a target is a new folder, an empty one, or {KINDS[kind]} that we "
+            f"wrote; {OTHER}"
         )
     _check_name(path)
     _check_parent(path)
@@ -340,8 +341,8 @@ def _check_content(path: Path, kind: str, overwrite: bool) -> None:
     if found != kind:
         what = "a folder with files that are not ours" if found is None else KINDS[found]
         raise ValueError(
-            f"{path} is {what}; a folder is written that is new, empty, or {KINDS[kind]} of ours; "
-            f"{OTHER}"
+            f"{path} is {what}; a target is a new folder, an empty one, or {KINDS[kind]} that we "
+            f"wrote; {OTHER}"
         )
     if not overwrite and kind != "run":
         remedy = f"{OTHER}, or replace it with --overwrite" if marked else OTHER
@@ -406,9 +407,19 @@ def written_files(
                     named.append(path)
                 written.replace(path)
         sync_folder(paths[0].parent)
-    except BaseException:
+    except BaseException as error:
         _remove_empty(made, partial + named)
+        for path, written in zip(paths, partial):
+            _by_final_name(error, written, path)
         raise
+
+
+def _by_final_name(error: BaseException, partial: Path, path: Path) -> None:
+    "Put the name that the user knows into an error that was raised while a partial one was written."
+    old, new = str(partial), str(path)
+    error.args = tuple(a.replace(old, new) if isinstance(a, str) else a for a in error.args)
+    if isinstance(error, OSError) and isinstance(error.filename, str | Path):
+        error.filename = str(error.filename).replace(old, new)
 
 
 def _make_folders(folder: Path) -> list[Path]:      # those that were made, the outermost first
@@ -444,9 +455,10 @@ def written_folder(
         _complete(partial, kind)
         with _noted(path.parent, {f"{path.name}/{MARK}": _entry(partial / MARK)}):
             _place(partial, path, overwrite)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(made, [])
+        _by_final_name(error, partial, path)
         raise
 
 
@@ -519,12 +531,14 @@ def rename_folder(
 
 
 def remove_files(
-    folder: Path,               # of ours
+    folder: Path,               # of ours; in another one nothing is removed
     *names: str,                # those that are there go, in this order
 ) -> None:
-    "Remove files that a mark names. ValueError if one was changed since."
-    mark = read_mark(folder)
-    for name in [name for name in names if os.path.lexists(folder / name)]:
+    "Remove files that a mark names. ValueError if one was changed since, or is not named."
+    mark, there = read_mark(folder), [name for name in names if os.path.lexists(folder / name)]
+    if mark is None or not there:
+        return
+    for name in there:
         if not _is_same(folder / name, mark["files"].get(name)):
             raise ValueError(
                 f"{folder / name} is not as it was written, and a changed file is not replaced; "

@@ -6,10 +6,10 @@
 __all__ = ['MODEL', 'OPTIMIZER', 'CONFIG', 'STATE', 'MOMENTS', 'ARCHITECTURES', 'OTHER', 'CONCERNS', 'PLACES', 'FLOATS', 'DATA',
            'NEEDED', 'STAYS', 'HABIT', 'ROUNDING', 'RATE', 'FIELDS', 'KEPT', 'checkpoint_folder', 'step_of',
            'checkpoints', 'latest_checkpoint', 'read_json', 'is_count', 'load_state', 'plain', 'load_config',
-           'read_fields', 'load_settings', 'moments_from', 'Checkpoint', 'read_head', 'shapes_of', 'check_shapes',
-           'check_tensors', 'check_consumed', 'check_record', 'read_checkpoint', 'check_numbers', 'Choice',
-           'given_folder', 'newest_good', 'choose_checkpoint', 'set_aside', 'differences', 'resolved', 'kind_of',
-           'check_model', 'refusal', 'check_same', 'rate_note', 'changes', 'describe_tokens', 'token_files',
+           'read_fields', 'load_settings', 'read_settings', 'moments_from', 'Checkpoint', 'read_head', 'shapes_of',
+           'check_shapes', 'check_tensors', 'check_consumed', 'check_record', 'read_checkpoint', 'check_numbers',
+           'Choice', 'given_folder', 'newest_good', 'choose_checkpoint', 'set_aside', 'differences', 'resolved',
+           'kind_of', 'check_model', 'refusal', 'check_same', 'rate_note', 'changes', 'describe_tokens', 'token_files',
            'check_tokens_are', 'Decision', 'decide', 'check_begun']
 
 # %% ../nbs/6_training/04_resume.ipynb #f8a2edd0
@@ -24,6 +24,7 @@ import safetensors
 
 from .config import BertConfig, GPT2Config, ModelConfig
 from .data.source import describe_file, same_file, with_hashes
+from .files import rename_folder
 from .mesh import ParallelDims
 from .settings import OptimizerConfig, RunConfig, TrainConfig
 
@@ -163,11 +164,22 @@ def load_settings(
     described = read_json(path)
     if "run" not in described:
         return None
-    known, parts = {"out": Path(folder).parent, "resume": "never"}, []
+    return read_settings(described, load_config(folder), path, out=Path(folder).parent)
+
+
+def read_settings(
+    described: dict,                # as `plain` makes it
+    model: ModelConfig,
+    where: Path,                    # for the message
+    out: Path,
+    resume: str | Path = "never",
+) -> TrainConfig:
+    "A configuration from JSON. `ValueError` for what is none."
+    parts = []
     for name, kind in CONCERNS.items():
-        rest = known if name == "run" else {}
-        parts.append(read_fields(kind, described.get(name, {}), f"{path}: {name}", **rest))
-    return TrainConfig(load_config(folder), *parts)
+        known = {"out": out, "resume": resume} if name == "run" else {}
+        parts.append(read_fields(kind, described.get(name, {}), f"{where}: {name}", **known))
+    return TrainConfig(model, *parts)
 
 
 def moments_from(folder: Path) -> int:
@@ -311,7 +323,7 @@ def _is_text(value: Any) -> bool:
 
 DATA = {        # what a run notes of its data, and how it looks
     "prefix": _is_text, "tokens": is_count, "files": lambda value: _is_list(value, _is_entry),
-    "given": lambda value: _is_list(value, _is_text), "text_field": _is_text,
+    "given": lambda value: _is_list(value, _is_text), "text_field": _is_text, "ids": _is_text,
     "inputs": lambda value: _is_list(value, _is_entry),
 }
 NEEDED = ("prefix", "tokens", "files")      # of these
@@ -439,7 +451,7 @@ def set_aside(folders: list[Path]) -> list[str]:    # a line each
         number, aside = 1, folder.with_name(f"{folder.name}.aside")
         while aside.exists():
             number, aside = number + 1, folder.with_name(f"{folder.name}.aside-{number + 1}")
-        folder.rename(aside)
+        rename_folder(folder, aside)
         notes.append(f"{folder.name} is now {aside.name}: its step is done anew")
     return notes
 
@@ -459,7 +471,7 @@ FIELDS: dict[str, dict[str, str | None]] = {    # of each field: STAYS, or what 
     },
     "run": {
         "seed": STAYS, "validation": STAYS,
-        "steps": RATE,
+        "steps": "the schedule is stretched or cut to it, and each rate from here on with it",
         "batch_size": "each step left reads so many samples; the rates stay",
         "micro_batch": ROUNDING,
         "precision": "losses are no longer those of the run so far",

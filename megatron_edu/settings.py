@@ -88,10 +88,10 @@ class RunConfig:
 class TrainConfig:
     "Everything that decides a run."
 
-    model: ModelConfig
-    run: RunConfig
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelDims = field(default_factory=ParallelDims)
+    model: ModelConfig          # sizes and kind of the model
+    run: RunConfig              # length, batch, seed and habits of the run
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)     # AdamW, clipping, rates
+    parallel: ParallelDims = field(default_factory=ParallelDims)    # ranks: how many share what
 
     def __post_init__(self):
         if self.parallel.pp != 1:
@@ -159,10 +159,13 @@ class SamplingConfig:
 # %% ../nbs/2_reference/05_settings.ipynb #21d2b894
 @dataclass(frozen=True)
 class DemoConfig:
-    "What `megatron-edu demo` does."
+    """Train, try and re-shard a small GPT-2 or BERT on this machine. Takes a minute or two.
+
+    Example: megatron-edu demo --model bert
+    """
 
     out: Path = Path("runs/demo")           # folder of the run
-    steps: int = STEPS["gpt2"]              # training steps
+    steps: int = 500                        # training steps
     tp: int = 2                             # tensor-parallel ranks that train
     seed: int = 1                           # of weights, samples and text
     model: Literal["gpt2", "bert"] = "gpt2" # model to train
@@ -184,11 +187,14 @@ BENCH_CASES = tuple(
 
 @dataclass(frozen=True)
 class BenchConfig:
-    "Which cases `megatron-edu bench` measures, and how long."
+    """Time the library against other ways to write the same training step.
+
+    Example: megatron-edu bench --cases fp32-batch-8 --rounds 3
+    """
 
     cases: tuple[str, ...] = BENCH_CASES   # names of cases
     rounds: int = 8                         # interleaved rounds
-    seconds: float = 2.0                    # that a contender runs in a round, at least one step
+    seconds: float = 2.0                    # of each contender in a round, at least one step
     out: Path | None = None                 # folder for results.md and results.json; None: print
 
     def __post_init__(self):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,9 @@ from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.errors import Stopped
 from megatron_edu.failures import PACKAGE
+from megatron_edu.files import mark_folder
 from megatron_edu.models.bert import Bert
+from megatron_edu.files import MARK
 from megatron_edu.prepare import prepare, prepare_documents
 from megatron_edu.ranks import RankError
 from megatron_edu.training.checkpoint import (
@@ -136,7 +139,8 @@ def test_help_of_train_offers_every_field(capsys, verb, preset):
     config = options.preset_arguments(preset).config
     for part in (config.model, config.run, config.optimizer, config.parallel):
         for field in dataclasses.fields(part):
-            assert f"--{field.name.replace('_', '-')}" in text
+            offered = re.search(rf"--{field.name.replace('_', '-')}[ ,]", text) is not None
+            assert offered == (field.name != "pp"), field.name      # not before there is a pipeline
     assert "--data" in text and "--tokenizer" in text and "--text-field" in text
 
 
@@ -168,7 +172,7 @@ def test_help_of_train_says_whose_defaults_it_shows(capsys):
         said = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(capsys, verb))
         assert "--model bert --help shows those of a BERT" in said
         assert "--preset NAME --help those of any other preset" in said
-        assert "The defaults are" not in said and "presets of `train` have their own" in said
+        assert "Without arguments" not in said      # of a class, where a preset says otherwise
 
 
 def test_help_of_the_demo_shows_the_defaults_of_the_model(capsys):
@@ -183,6 +187,12 @@ def test_without_a_verb_the_verbs_are_listed(capsys):
         cli.main(args)
         text = capsys.readouterr().out
         assert all(f"  {verb}" in text for verb in options.VERBS)
+
+
+@pytest.mark.parametrize("verb", ["train", "prepare", "generate", "convert"])
+def test_a_verb_without_options(capsys, verb):
+    (line,) = refusal(capsys, verb).splitlines()
+    assert line.startswith(f"megatron-edu {verb}: Missing") and f"{verb} --help" in line
 
 
 def test_an_unknown_verb(capsys):
@@ -311,26 +321,27 @@ def test_a_preset_may_be_given_in_one_word(capsys):
 
 
 def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(train_verb, "prepare", lambda *args: seen.append(args))
+    seen, made = [], SimpleNamespace(file=None, lines=list)
+    monkeypatch.setattr(train_verb, "prepare_text", lambda *args: seen.append(args) or made)
+    monkeypatch.setattr(train_verb, "read_source", lambda folder: {"inputs": []})
     texts, out, given = (corpus / "a.txt", corpus / "a.jsonl"), tmp_path / "run", corpus / "ready"
-    words = "--data", *texts, "--out", out, "--text-field", "body"
-    train_verb.find_tokens(arguments(*words, "--vocab-size", 400), False)
-    train_verb.find_tokens(arguments(*words, "--tokenizer", given), False)
+    options = "--data", *texts, "--out", out, "--text-field", "body"
+    train_verb.find_tokens(arguments(*options, "--vocab-size", 400))
+    train_verb.find_tokens(arguments(*options, "--tokenizer", given, "--lossy"))
     rest = "body", "gpt2"
-    assert seen == [(texts, out, None, 400, *rest), (texts, out, given, 512, *rest)]
+    first, second = (texts, out, None, 400, *rest, False), (texts, out, given, 512, *rest, True)
+    assert seen == [first, second]
 
 
-def test_text_is_tokenized_once_a_run(corpus, tmp_path):
-    "Tokens that a run left before its first checkpoint may be of other text."
-    asked = arguments("--data", corpus / "a.txt", "--out", tmp_path, "--text-field", "body")
-    other = corpus / "ready"
-    for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
-        shutil.copy(other / name, tmp_path)
-    kept, path = train_verb.find_tokens(asked, True)
-    assert len(kept) == len(TokenFile(other / "tokens")) and path == tmp_path / "tokenizer.json"
-    written, _ = train_verb.find_tokens(asked, False)
-    assert len(written) != len(kept)
+def test_tokens_that_a_run_left_before_its_first_checkpoint_are_written_anew(corpus, tmp_path):
+    "They may be of other text. Those that were changed since are not ours to remove."
+    mark_folder(tmp_path, "run")
+    options = "--out", tmp_path, "--text-field", "body", "--data"
+    first = len(train_verb.find_tokens(arguments(*options, corpus / "a.jsonl")).file)
+    assert len(train_verb.find_tokens(arguments(*options, corpus / "a.txt")).file) != first
+    (tmp_path / "tokens.bin").write_bytes(b"mine")
+    with pytest.raises(ValueError, match="tokens.bin is not as it was written"):
+        train_verb.find_tokens(arguments(*options, corpus / "a.jsonl"))
 
 
 def test_a_token_file_comes_alone(corpus, tmp_path, capsys):
@@ -423,7 +434,8 @@ def no_index(folder):
 
 
 def large_ids(folder):
-    (folder / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "tokens.idx", "tokens.bin"):
+        (folder / name).unlink()
     with TokenFileWriter(folder / "tokens", dtype=np.int32) as writer:
         for _ in range(2):
             writer.append([1] * 100 + [512])
@@ -431,6 +443,8 @@ def large_ids(folder):
 
 
 def one_document(folder):
+    for name in ("tokens.idx", "tokens.bin"):
+        (folder / name).unlink()
     with TokenFileWriter(folder / "tokens", 300) as writer:
         writer.append([1] * 100)
 
@@ -478,7 +492,8 @@ OTHER_TEXT = ["Quick zebras jump over lazy wolves. A fox waits! Bright owls vex 
 def other_tokens(folder, model="gpt2", **options):
     "Another text, prepared by a tokenizer of its own."
     (folder / "other.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in OTHER_TEXT))
-    prepare((folder / "other.jsonl",), folder / "other", model=model, **options)
+    options |= {"model": model, "overwrite": True}
+    prepare((folder / "other.jsonl",), folder / "other", **options)
     return folder / "other"
 
 
@@ -502,31 +517,28 @@ def test_a_run_keeps_its_tokenizer(corpus, sentences, run, bert_run, tmp_path, c
     assert content(own) == kept
 
 
+@pytest.mark.usefixtures("no_ranks")
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
-def test_a_run_goes_on_with_other_text_by_its_own_tokenizer(
-    corpus, run, bert_run, tmp_path, kind
-):
-    copy = shutil.copytree({"gpt2": run, "bert": bert_run}[kind], tmp_path / "copy")
-    before, more = (copy / "tokenizer.json").read_bytes(), ["--resume", "auto"]
-    if kind == "gpt2":
-        train(corpus, copy, "a.txt", 5, more)
-    else:
-        train_bert(corpus / "a.jsonl", copy, 5, [*more, "--text-field", "body"])
-    assert (copy / "tokenizer.json").read_bytes() == before
-    assert len(losses(copy)) == 5 and TokenFile(copy / "tokens").num_tokens > 1000
+def test_a_run_does_not_go_on_with_other_text(corpus, run, bert_run, capsys, kind):
+    "Nor by its own tokenizer: its order of samples would be another one."
+    own = {"gpt2": run, "bert": bert_run}[kind]
+    kept, options = content(own), (*(SHORT if kind == "gpt2" else SMALL_BERT), "--resume", "auto")
+    text = refusal(capsys, "train", *options, "--data", corpus / "a.txt", "--out", own)
+    assert "text is not tokenized again for it" in text and f"--init-from {own} and anot" in text
+    assert content(own) == kept
 
 
 @pytest.mark.usefixtures("no_ranks")
-def test_text_for_a_run_without_a_tokenizer(corpus, run, tmp_path, capsys):
+def test_other_tokens_for_a_run_without_a_tokenizer(corpus, run, tmp_path, capsys):
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "tokenizer.json").unlink()
     kept, rest = content(copy), ("--out", copy, "--resume", "auto", "--steps", 9)
-    text = refusal(capsys, "train", *SHORT, "--data", corpus / "a.txt", *rest)
-    assert "a run without a tokenizer.json" in text and "--tokenizer" in text
-    other = other_tokens(tmp_path, vocab_size=300)
+    other = other_tokens(tmp_path, vocab_size=270)
     text = refusal(capsys, "train", *SHORT, "--data", other, *rest)
-    assert "vocab_size is 280, and 300 here" in text
-    assert "go on with --vocab-size 280 and a token file of that vocabulary" in text
+    assert "not the tokenizer" in text and "was trained with" in text
+    other_tokens(tmp_path, vocab_size=300)
+    text = refusal(capsys, "train", *SHORT, "--data", other, *rest)
+    assert "has 300 tokens, and the weights know 280 ids" in text
     assert content(copy) == kept
 
 
@@ -657,7 +669,8 @@ def test_a_missing_option_is_named(corpus, tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_ranks")
 def test_ranks_of_torchrun_do_not_all_write_the_token_file(corpus, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train_verb, "under_torchrun", lambda: True)
+    monkeypatch.setattr(train_verb, "shared_plan", train_verb.make_plan)
     data = corpus / "a.txt", corpus / "a.jsonl"
     text = refusal(capsys, "train", *SHORT, "--out", tmp_path / "run", "--data", *data)
     assert f"{data[0]}, {data[1]} is no token file" in text
@@ -736,7 +749,7 @@ def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == f"{len(file)} documents, {file.num_tokens:,} tokens in {out}\n"
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"
+        MARK, "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"
     ]
     assert load_tokenizer(tmp_path / "out").core.get_vocab() == (
         load_tokenizer(given).core.get_vocab()
@@ -818,8 +831,7 @@ def test_generate_on_two_ranks_writes_the_same(run, capfd):
 def brief(run, tmp_path_factory):
     "A run whose model draws every token from the same shares: one in five ends the document."
     folder = tmp_path_factory.mktemp("brief")
-    shutil.copy(run / "tokenizer.json", folder)
-    model, eod_id = load_model(latest_checkpoint(run)), load_tokenizer(folder).eod_id
+    model, eod_id = load_model(latest_checkpoint(run)), load_tokenizer(run).eod_id
     others = model.config.vocab_size - 1
     with torch.no_grad():
         for weight in (model.ln_f.weight, model.ln_f.bias, model.wte.weight):
@@ -827,6 +839,7 @@ def brief(run, tmp_path_factory):
         model.ln_f.bias[0] = 1
         model.wte.weight[eod_id, 0] = math.log(others / 4)
     save_checkpoint(folder, 0, model)
+    shutil.copy(run / "tokenizer.json", folder)
     return folder
 
 
@@ -900,7 +913,7 @@ def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):
     there.mkdir()       # empty
     cli.main(f"convert --from {run} --to {there} --format huggingface".split())
     cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
-    said = f"{load_config(latest_checkpoint(run)).num_parameters():,} parameters in {there}\n"
+    said = f"{load_config(latest_checkpoint(run)).num_parameters():,} parameters in {there}; compared with transformers"
     assert capsys.readouterr().out.startswith(said)
     assert load_state(latest_checkpoint(back))["step"] == 0
     tokenizers = {(folder / "tokenizer.json").read_bytes() for folder in (run, there, back)}
@@ -930,7 +943,7 @@ def test_convert_refuses(run, tmp_path, capsys):
         text = refusal(
             capsys, "convert", "--from", run, "--to", tmp_path / "full", "--format", form
         )
-        assert "is not empty" in text
+        assert "is a folder with files that are not ours" in text
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])

@@ -115,6 +115,8 @@ def test_line_ends_and_the_byte_order_mark_are_taken_off(tmp_path):
         ('{"text": "x"} {"text": "y"}', "is not JSON (Extra data"),
         ('{"a": 1, ' + ", ".join(f'"k{k}": 1' for k in range(9999)) + "}", "no string in field"),
         ('{"text": null}', "no string in field 'text'"),
+        (f'{{"{"k" * 9999}": 1}}', "no string in field 'text' (found: ['kkk"),
+        ("{}", "no string in field 'text' (found: dict)"),
         ("NaN", "no string in field 'text' (found: float)"),
     ],
 )

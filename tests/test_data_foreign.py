@@ -9,6 +9,12 @@ import pytest
 import tokenizers
 from tokenizers import models
 
+from megatron_edu.data.bert import BertSamples
+from megatron_edu.data.corpus import read_documents
+from megatron_edu.data.gpt2 import GPT2Samples, split_documents
+from megatron_edu.data.sampler import BatchSampler
+from megatron_edu.data.token_file import TokenFile
+from megatron_edu.data.token_writer import tokenize_to_file
 from megatron_edu.data.tokenizer import Codec, Tokenizer, load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import SPECIAL, WordPiece, load_wordpiece, train_wordpiece
 from megatron_edu.prepare import prepare, read_tokenizer
@@ -123,6 +129,7 @@ BAD = {
         lambda d: (d["model"].update(vocab={}, merges=[]), d.update(added_tokens=[])),
         "a vocabulary of 0 tokens",
     ),
+    "a value of many letters": (lambda d: d.update(version="a" * 9000), "not a tokenizer"),
     "a merge of nothing": (lambda d: d["model"].update(merges=[["q", "zz"]]), "not a tokenizer"),
     "a dropout of 2": (lambda d: d["model"].update(dropout=2.0), "not a tokenizer"),
     "a normalizer that panics when read": (
@@ -157,9 +164,9 @@ BAD = {
 def test_a_bad_part_is_refused_in_words_and_without_noise(name, bpe, tmp_path, capfd):
     change, words = BAD[name]
     changed(bpe, tmp_path / "tok.json", change)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as error:
         read_tokenizer(tmp_path / "tok.json", "gpt2")
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "" and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize(
@@ -201,12 +208,11 @@ def test_a_panic_on_a_text_is_a_refusal(bpe):
         codec.encode("ab")
 
 
-def test_gaps_are_allowed_and_known(bpe, tmp_path):
+def test_gaps_are_allowed(bpe, tmp_path):
     size = bpe.vocab_size
     changed(bpe, tmp_path / "tok.json", lambda d: d["model"]["vocab"].update(zz=size + 2))
     loaded = load_tokenizer(tmp_path / "tok.json")
-    assert loaded.vocab_size == size + 3 and loaded.ids_without_token() == [size, size + 1]
-    assert bpe.ids_without_token() == []
+    assert loaded.vocab_size == size + 3 and len(loaded.core.get_vocab()) == size + 1
 
 
 @pytest.mark.parametrize("wrong", ["tok.json", None, 3, {}])
@@ -250,9 +256,11 @@ def test_half_a_pair_names_the_other_half(pair):
 
 
 def test_of_several_pairs_the_usual_one_is_read_or_a_name_asked_for(pair, bpe):
-    for name in ("vocab.json", "merges.txt"):
-        (pair / f"my-{name}").write_bytes((pair / f"gpt2-{name}").read_bytes())
+    train_tokenizer(["other"], 258).core.model.save(str(pair), "a")
     assert load_tokenizer(pair).vocab_size == bpe.vocab_size
+    for name in ("vocab.json", "merges.txt"):
+        (pair / f"a-{name}").unlink()
+        (pair / f"my-{name}").write_bytes((pair / f"gpt2-{name}").read_bytes())
     for name in ("vocab.json", "merges.txt"):
         (pair / f"gpt2-{name}").rename(pair / f"your-{name}")
     with pytest.raises(ValueError, match=r"several tokenizers; name .*my-vocab.json, your-vocab"):
@@ -311,3 +319,57 @@ def test_words_of_a_usual_length_are_trained_on_as_they_are():
 
 def test_special_tokens_of_a_wordpiece_stay(wordpiece):
     assert [wordpiece.core.token_to_id(token) for token in SPECIAL] == [0, 1, 2, 3, 4]
+
+
+# --------------------------------------------------------------------------- the wrong kind of thing
+
+
+@pytest.fixture
+def file(bpe, tmp_path) -> TokenFile:
+    return tokenize_to_file([TEXT] * 3, bpe, tmp_path / "file")
+
+
+WRONG = {
+    "a token file of a number": (lambda f: TokenFile(3), "^prefix=3: must be a text or a path"),
+    "texts of a number": (lambda f: read_documents(3), "^path=3: must be a text or a path"),
+    "texts of bytes": (lambda f: read_documents([b"a.txt"]), "^path=b'a.txt': must be a text or"),
+    "a field that is no text": (lambda f: read_documents([], None), "^text_field=None: must be a t"),
+    "a tokenizer of a number": (lambda f: load_tokenizer(3), "^path=3: must be a text or a path"),
+    "a WordPiece of nothing": (lambda f: load_wordpiece(None), "^path=None: must be a text or"),
+    "training on one text": (lambda f: train_tokenizer(TEXT, 300), "^documents='the cat.*several"),
+    "training on one text, for BERT": (lambda f: train_wordpiece(TEXT, 90), "^documents='the"),
+    "a vocabulary of 3e2": (lambda f: train_tokenizer([TEXT], 300.0), "^vocab_size=300.0: must be a"),
+    "a vocabulary of text": (lambda f: train_wordpiece([TEXT], "90"), "^vocab_size='90': must be a"),
+    "samples of a path": (lambda f: GPT2Samples(f.prefix, 8), "^token_file=.*: must be a TokenFile"),
+    "samples of 8.0 tokens": (lambda f: GPT2Samples(f, 8.0), "^seq_len=8.0: must be a whole number"),
+    "samples by a seed of text": (lambda f: GPT2Samples(f, 8, seed="1"), "^seed='1': must be a whole"),
+    "some of the samples": (lambda f: GPT2Samples(f, 8, "all"), "^num_samples='all': must be a whole"),
+    "samples of a list": (lambda f: GPT2Samples(f, 8, documents=[0]), r"^documents=\[0\]: must be a r"),
+    "pairs of a path": (lambda f: BertSamples("x", None, 8), "^token_file='x': must be a TokenFile"),
+    "pairs without a tokenizer": (lambda f: BertSamples(f, None, 8), "^tokenizer=None: must be a Wo"),
+    "a batch of 2.5": (lambda f: BatchSampler(10, 2.5, 1), "^global_batch=2.5: must be a whole"),
+    "a rank of None": (lambda f: BatchSampler(10, 2, 1, None), "^dp_rank=None: must be a whole"),
+    "consumed of text": (lambda f: BatchSampler(10, 2, 1, 0, 1, "3"), "^consumed='3': must be a w"),
+    "documents of text": (lambda f: split_documents("3", (1,)), "^num_documents='3': must be a w"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_wrong_kind_of_thing_says_so_in_our_words(name, file):
+    make, words = WRONG[name]
+    with pytest.raises(TypeError, match=words):
+        make(file)
+
+
+@pytest.mark.parametrize("fractions", [(float("nan"), 1), (1, float("nan")), (float("inf"), 0)])
+def test_fractions_that_are_no_numbers_are_refused(fractions):
+    with pytest.raises(ValueError, match="none may be negative and the sum must be 1"):
+        split_documents(9, fractions)
+
+
+@pytest.mark.parametrize("size", [2**20 + 1, 10**12, 2**62])
+@pytest.mark.parametrize("train", [train_tokenizer, train_wordpiece])
+def test_a_vocabulary_that_no_memory_holds_is_refused_before_the_training(train, size):
+    with pytest.raises(ValueError, match=f"vocab_size {size} is too large: at most 1048576"):
+        train([TEXT], size)
+    assert train([TEXT], 2**20).vocab_size < 400

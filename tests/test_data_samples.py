@@ -167,9 +167,11 @@ def test_the_arrays_of_a_large_corpus_are_built_in_a_moment(tmp_path):
     sizes = np.random.default_rng(0).integers(1, 200, size=1_000_000)
     ends = np.append(0, np.cumsum(sizes))
 
-    class Large:
-        prefix = "large"
-        document_starts = ends
+    class Large(TokenFile):
+        prefix, document_starts = "large", ends
+
+        def __init__(self):
+            "No file: the starts alone are asked for."
 
     samples = GPT2Samples(Large(), 128, num_samples=1_500_000)
     index = whole_index(samples, len(sizes))

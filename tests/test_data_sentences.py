@@ -175,7 +175,7 @@ def test_an_empty_corpus_leaves_nothing(wordpiece, tmp_path):
 def test_documents_are_read_in_a_stream(wordpiece, tmp_path):
     def peak(count: int) -> int:
         tracemalloc.start()
-        sentences_to_file((f"{i} {text}" for i in range(count)), wordpiece, tmp_path / "x")
+        sentences_to_file((f"{i} {text}" for i in range(count)), wordpiece, tmp_path / f"{count}")
         memory = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return memory

@@ -1,5 +1,6 @@
 "The pieces of the demo on a tiny checkpoint."
 
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from gpt2_cases import config
 
 import megatron_edu.demo
+from megatron_edu.cli import demo as verb
 from megatron_edu.data.tokenizer import train_tokenizer
 from megatron_edu.demo import (
     PROMPTS,
@@ -22,6 +24,7 @@ from megatron_edu.demo import (
 )
 from megatron_edu.generate import SamplingConfig
 from megatron_edu.models.gpt2 import GPT2
+from megatron_edu.mutants import Verdict
 from megatron_edu.prepare import prepare_documents
 from megatron_edu.testing import Report
 from megatron_edu.training.checkpoint import checkpoint_folder, load_model, save_checkpoint
@@ -40,7 +43,7 @@ def made(tmp_path_factory):
     with torch.no_grad():       # unlike any initial weights
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    return save_checkpoint(folder, 0, model), tokens, tokenizer
+    return save_checkpoint(folder / "run", 0, model), tokens, tokenizer
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -130,6 +133,65 @@ def test_a_split_that_differs_is_an_error(tmp_path, monkeypatch):
         demo(DemoConfig(tmp_path, steps=1, tp=1))
 
 
+@pytest.mark.usefixtures("small")
+def test_a_second_demo_takes_the_place_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(megatron_edu.demo, "compare_splits", lambda *args: [])
+    out = tmp_path / "run"
+    for steps in (2, 1):
+        demo(DemoConfig(out, steps=steps, tp=1))
+        assert len(read_metrics(out)) == steps
+    assert not checkpoint_folder(out, 2).exists() and load_model(checkpoint_folder(out, 1))
+    for name in ("mine.txt", "metrics.jsonl"):
+        kept = (out / name).read_bytes() if (out / name).exists() else b""
+        (out / name).write_bytes(kept + b"mine")
+        with pytest.raises(ValueError, match=f"not as it was written: {name}"):
+            demo(DemoConfig(out, steps=1, tp=1))
+        assert (out / name).read_bytes() == kept + b"mine" and load_model(checkpoint_folder(out, 1))
+        (out / name).write_bytes(kept) if kept else (out / name).unlink()
+    demo(DemoConfig(out, steps=1, tp=1))
+
+
+# ------------------------------------------------------------------------------------- the lights
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_four_green_lights_and_a_mistake(cpu_ranks, monkeypatch, capsys, kind):
+    monkeypatch.setattr(verb, "Ranks", lambda size: contextlib.nullcontext(cpu_ranks(size)))
+    told = []
+    assert verb.show_lights(kind, told.append)
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines() if line.endswith(("green", "red"))]
+    assert len(rows) == 8 and len(told) == 2
+    assert all(row[-1] == "green" and "red" not in row for row in rows[:4])
+    assert [row[-1] for row in rows[4:]] == ["green", "red", "red", "red"]
+    assert all(row.count("green") >= 1 for row in rows) and "loss bit-identical" in text
+
+
+GREEN, RED = Report(0, 0, 0, 0), Report(0, 1, 1, 1)
+
+
+@pytest.mark.parametrize("right, wrong, status", [(GREEN, RED, 0), (RED, RED, 3), (GREEN, GREEN, 3)])
+def test_lights_that_are_wrong_end_the_demo(monkeypatch, capsys, tmp_path, right, wrong, status):
+    def ranks(size):
+        say = lambda fn, kind, dp=1, mutant=None: [Verdict(wrong if mutant else right, 1.0, ())]  # noqa: E731
+        return contextlib.nullcontext(say)
+
+    begun = []
+    monkeypatch.setattr(verb, "Ranks", ranks)
+    monkeypatch.setattr(verb, "demo", lambda asked, say: begun.append(asked))
+    assert verb.run(DemoConfig(tmp_path / "run")) == status
+    assert len(begun) == (status == 0)
+    assert ("do not tell right from wrong" in capsys.readouterr().err) == (status == 3)
+
+
+def test_a_folder_that_is_none_for_a_demo_is_refused_before_any_light(monkeypatch, tmp_path):
+    monkeypatch.setattr(verb, "Ranks", lambda size: pytest.fail("ranks start"))
+    (tmp_path / "mine.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(ValueError, match=str(out)):
+            verb.run(DemoConfig(out))
+
+
 def test_a_demo_takes_at_least_one_step():
-    with pytest.raises(ValueError, match="steps=0: at least 1"):
+    with pytest.raises(ValueError, match="steps=0: must be at least 1"):
         DemoConfig(steps=0)

@@ -42,7 +42,7 @@ def made(tmp_path_factory):
     with torch.no_grad():       # unlike any initial weights
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return save_checkpoint(folder, 0, model), tokens, tokenizer
+    return save_checkpoint(folder / "run", 0, model), tokens, tokenizer
 
 
 # ------------------------------------------------------------------------------------- likeliest

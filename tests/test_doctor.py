@@ -93,10 +93,18 @@ def test_a_look_that_hangs_is_named(capsys, monkeypatch):
     for each in LOOKS:
         monkeypatch.setitem(LOOKS, each, lambda each=each: [Finding(each, "fine")])
     monkeypatch.setitem(LOOKS, "ranks", lambda: release.wait() and [])
-    monkeypatch.setattr(doctor, "LIMIT", 0.5)
+    monkeypatch.setattr(doctor, "patience", lambda: 0.5)
     found, _ = told(capsys, 3)
     release.set()
     assert found["ranks"] == ("not ok", found["ranks"][1]) and "no answer within 0.5 s" in found["ranks"][1]
+
+
+@pytest.mark.parametrize("load, cores, seconds", [(0.1, 2, 18), (2, 2, 18), (4, 2, 36), (500, 2, 90)])
+def test_where_others_work_one_waits_longer(monkeypatch, load, cores, seconds):
+    monkeypatch.setattr(doctor, "LIMIT", 18.0)
+    monkeypatch.setattr(doctor, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
+    assert doctor.patience() == seconds
 
 
 def states(look):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from megatron_edu import files, owner
 from megatron_edu.config import GPT2Config
@@ -43,7 +44,7 @@ from megatron_edu.files import (
 )
 from megatron_edu.models.gpt2 import GPT2
 from megatron_edu.owner import own_run
-from megatron_edu.training.checkpoint import save_checkpoint, write_folder
+from megatron_edu.training.checkpoint import save_checkpoint
 
 TINY = GPT2Config(1, 16, 2, vocab_size=16, max_seq_len=8, vocab_multiple=8, dropout=0.0)
 QUICK = {"touch": 0.2, "silence": 1.0}      # seconds
@@ -83,7 +84,9 @@ def prepared(folder):
 
 
 def exported(folder):
-    write_folder(folder, {"model.safetensors": {"x": torch.ones(3)}}, {"config.json": {}}, "huggingface")
+    with written_folder(folder, "huggingface") as partial:
+        save_file({"x": torch.ones(3)}, partial / "model.safetensors")
+        (partial / "config.json").write_text("{}")
     return folder
 
 
@@ -183,7 +186,7 @@ def test_a_folder_of_ours_for_another_verb_is_refused(tmp_path, kind, marked):
         if not marked:
             without_mark(target)
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match=f"{target} is .*{KINDS[kind]} of ours; name"):
+            with pytest.raises(ValueError, match=f"{target} is .*{KINDS[kind]} that we wrote; name"):
                 check_folder(target, kind, overwrite=overwrite)
 
 
@@ -249,7 +252,7 @@ def test_a_run_that_has_no_checkpoint_yet_is_known_by_its_first_line(tmp_path):
     line = dict.fromkeys(("step", "loss", "lr", "grad_norm", "ms", "tokens_per_s"), 1)
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     check_folder(tmp_path, "run")
-    with pytest.raises(ValueError, match="is a run; .* a prepared text of ours"):
+    with pytest.raises(ValueError, match="is a run; .* a prepared text that we wrote"):
         check_folder(tmp_path, "prepared")
 
 
@@ -370,7 +373,7 @@ def test_a_checkpoint_is_replaced_by_its_own_step_unless_it_was_changed(tmp_path
 def test_a_checkpoint_goes_into_a_run_and_nowhere_else(tmp_path, make):
     make(tmp_path / "target")
     before = picture(tmp_path)
-    with pytest.raises(OSError, match="a run of ours"):
+    with pytest.raises(OSError, match="a run that we wrote"):
         save_checkpoint(tmp_path / "target", 1, GPT2(TINY))
     assert picture(tmp_path) == before
 

@@ -5,6 +5,7 @@ import torch
 from gpt2_cases import config
 
 import megatron_edu.generate
+from megatron_edu import reference
 from megatron_edu.comm import Ledger
 from megatron_edu.config import PRESETS
 from megatron_edu.generate import SamplingConfig, choose, filter_logits, generate
@@ -284,3 +285,177 @@ def refused(tp, device, wrong):
     with pytest.raises(ValueError, match=rf"{wrong}\b"):
         generate(built, torch.tensor([[3, wrong]], device=device), 1)
     return True
+
+
+# ------------------------------------------------------------------------------ what it looks at
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324, 1e-200, 1e-30, 1e-8])
+@pytest.mark.parametrize("knobs", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+def test_a_tiny_temperature_is_greedy(alone, temperature, knobs):
+    tiny = SamplingConfig(temperature=temperature, **knobs)
+    assert torch.equal(generate(model(), PROMPTS, 8, tiny), alone["greedy"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1e-310, 1e-45, 1e-3, 1e300])
+def test_no_temperature_makes_a_logit_nan(dtype, temperature):
+    logits = torch.tensor([[1e4, 1e4, -1e4, 0.0]], dtype=dtype)
+    found = filter_logits(logits, SamplingConfig(temperature=temperature))
+    assert not found.isnan().any() and found[0, :2].tolist() == [0.0, 0.0]
+
+
+def modes(built):
+    return {name: part.training for name, part in built.named_modules()}
+
+
+@pytest.mark.parametrize("fault", ["nan", "callback", "interrupt", "none"])
+def test_every_part_has_its_mode_again_whatever_happens(fault):
+    built = GPT2(config(dropout=0.5)).train()
+    built.blocks[1].eval()
+    built.blocks[1].mlp.up.train()
+    before, failing = modes(built), None
+    if fault == "nan":
+        with torch.no_grad():
+            built.ln_f.bias[0] = torch.nan
+        failing = FloatingPointError
+
+    def stop(ids):
+        assert not any(modes(built).values())
+        if fault == "callback":
+            raise RuntimeError("no more")
+        if fault == "interrupt":
+            raise KeyboardInterrupt
+
+    failing = {"callback": RuntimeError, "interrupt": KeyboardInterrupt}.get(fault, failing)
+    if failing is None:
+        generate(built, PROMPTS, 2, on_token=stop)
+    else:
+        with pytest.raises(failing):
+            generate(built, PROMPTS, 2, on_token=stop)
+    assert modes(built) == before and len(set(before.values())) == 2
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("setting", ["greedy", "plain", "all"])
+def test_logits_that_are_not_finite_are_refused_on_every_rank(ranks, device, tp, value, setting):
+    found = ranks(tp)(write_with, tp, device, value, setting)
+    assert len(set(found)) == 1 and "the logits of new token 1 are not finite" in found[0]
+
+
+def write_with(tp, device, value, setting):
+    built = model(ParallelDims(tp=tp).build(device).tp_group, device)
+    with torch.no_grad():
+        built.ln_f.bias[3] = value
+    with pytest.raises(FloatingPointError) as caught:
+        generate(built, PROMPTS.to(device), 3, SETTINGS[setting])
+    return str(caught.value)
+
+
+def test_a_step_that_goes_wrong_later_is_named():
+    built = model()
+    with torch.no_grad():
+        built.wpe.weight[5] = torch.nan
+    with pytest.raises(FloatingPointError, match="new token 4 are not finite"):
+        generate(built, PROMPTS, 8, SETTINGS["greedy"])
+
+
+def test_a_padding_row_that_is_not_finite_does_not_count(alone):
+    built = model()
+    with torch.no_grad():
+        built.wte.weight[CONFIG.vocab_size :] = torch.nan
+    assert torch.equal(generate(built, PROMPTS, 8, SETTINGS["greedy"]), alone["greedy"])
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_banned_ids_are_never_chosen(ranks, device, alone, tp):
+    for name, ids in ranks(tp)(write_banned, tp, device, alone):
+        assert not set(ids[:, 3:].flatten().tolist()) & set(alone[name][:, 3:].flatten().tolist())
+
+
+def write_banned(tp, device, alone):
+    "Of one setting, everything banned that it would have chosen."
+    built, name = model(ParallelDims(tp=tp).build(device).tp_group, device), "greedy"
+    banned = alone[name][:, 3:].unique()
+    ids = generate(built, PROMPTS.to(device), 8, SETTINGS[name], banned=banned.to(device))
+    return name, ids.cpu()
+
+
+def test_top_k_counts_what_is_not_banned():
+    built, banned = model(), torch.arange(3, CONFIG.vocab_size)
+    ids = generate(built, PROMPTS, 20, SamplingConfig(top_k=50), banned=banned)
+    assert set(ids[:, 3:].flatten().tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_each_step_is_told_on_every_rank(ranks, device, alone, tp):
+    for told in ranks(tp)(tell, tp, device):
+        assert torch.equal(torch.stack(told, 1), alone["plain"][:, 3:])
+
+
+def tell(tp, device):
+    told = []
+    built = model(ParallelDims(tp=tp).build(device).tp_group, device)
+    add = lambda ids: told.append(ids.cpu().clone())    # noqa: E731
+    generate(built, PROMPTS.to(device), 8, SETTINGS["plain"], on_token=add)
+    return told
+
+
+WRONG = [
+    (dict(model="x"), TypeError, "a str writes no text; pass a GPT2"),
+    (dict(model=torch.nn.Linear(2, 2)), TypeError, "a Linear writes no text"),
+    (dict(model=reference.GPT2(CONFIG)), TypeError, "pass a GPT2 of megatron_edu.models"),
+    (dict(input_ids=[[1, 2]]), TypeError, "input_ids=.*must be a Tensor"),
+    (dict(input_ids=PROMPTS.float()), TypeError, "input_ids are torch.float32"),
+    (dict(input_ids=PROMPTS.bool()), TypeError, "input_ids are torch.bool"),
+    (dict(input_ids=PROMPTS[0]), ValueError, r"input_ids has shape \(3,\): must be \(b, s\)"),
+    (dict(input_ids=PROMPTS[:0]), ValueError, "the prompt has no token"),
+    (dict(input_ids=PROMPTS - 100), ValueError, "token id -95 is out of range"),
+    (dict(input_ids=PROMPTS + 50), ValueError, "token id 127 is out of range"),
+    (dict(num_tokens=-1), ValueError, "num_tokens=-1: must be a whole number, at least 0"),
+    (dict(num_tokens=2.0), TypeError, "num_tokens=2.0: must be a whole number"),
+    (dict(num_tokens=True), TypeError, "num_tokens=True"),
+    (dict(config={"top_k": 3}), TypeError, "config=.*must be a SamplingConfig"),
+    (dict(stop_id="end"), TypeError, "stop_id='end': must be a whole number or None"),
+    (dict(banned=[3]), TypeError, "banned=.*must be a Tensor or None"),
+    (dict(banned=torch.tensor([101])), ValueError, "banned id 101 is out of range"),
+    (dict(banned=torch.arange(101)), ValueError, "all 101 ids are banned"),
+]
+
+
+@pytest.mark.parametrize("wrong, error, words", WRONG, ids=lambda x: str(x)[:40])
+def test_what_it_cannot_do_is_refused_in_our_words(wrong, error, words):
+    with pytest.raises(error, match=words):
+        generate(**({"model": model(), "input_ids": PROMPTS, "num_tokens": 1} | wrong))
+
+
+def test_a_bad_id_far_back_is_refused_though_it_is_not_looked_at():
+    long = torch.cat([torch.tensor([[999]]), torch.arange(40)[None]], 1)
+    with pytest.raises(ValueError, match="token id 999"):
+        generate(model(), long, 1)
+
+
+def test_no_tokens_are_the_prompt():
+    assert torch.equal(generate(model(), PROMPTS, 0), PROMPTS)
+
+
+@pytest.mark.parametrize("knob, value", [
+    ("temperature", "1"), ("temperature", True), ("temperature", None), ("top_k", 2.0),
+    ("top_k", "3"), ("top_k", False), ("top_p", "0.5"), ("top_p", None), ("seed", 1.0),
+    ("seed", "1"), ("seed", True),
+])
+def test_a_knob_of_another_kind_is_a_type_error(knob, value):
+    with pytest.raises(TypeError, match=f"^{knob}={value!r}: must be"):
+        SamplingConfig(**{knob: value})
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**63, 2**64, 10**30])
+def test_a_seed_outside_the_range_is_refused(seed):
+    with pytest.raises(ValueError, match=f"^seed={seed}: "):
+        SamplingConfig(seed=seed)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_seeds_at_the_ends_of_the_range_draw(seed):
+    assert generate(model(), PROMPTS, 2, SamplingConfig(seed=seed)).shape == (2, 5)

@@ -4,11 +4,15 @@ import json
 
 import pytest
 
+from megatron_edu.config import GPT2Config
 from megatron_edu.data.bert import BertSamples
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
-from megatron_edu.prepare import find_token_file, prepare, prepare_documents
+from megatron_edu.files import MARK, written_folder
+from megatron_edu.models.gpt2 import GPT2
+from megatron_edu.prepare import find_token_file, prepare, prepare_documents, prepare_text
+from megatron_edu.training.checkpoint import save_checkpoint
 
 TEXTS = ["The cat sat on the mat.", "A dog barks at the cat.", "Grüße und Küsse."]
 
@@ -31,7 +35,7 @@ def texts_of(folder):
 def test_the_text_comes_back(lines, tmp_path):
     file = prepare((lines,), tmp_path / "out", vocab_size=300, text_field="body")
     assert texts_of(tmp_path / "out") == TEXTS and len(file) == 3
-    names = ["source.json", "tokenizer.json", "tokens.bin", "tokens.idx"]
+    names = [MARK, "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
 
 
@@ -106,18 +110,61 @@ def test_an_empty_corpus_is_refused(tmp_path):
         prepare((tmp_path / "blank.txt",), tmp_path / "out")
 
 
-def test_a_failure_leaves_the_old_tokens_with_their_tokenizer(lines, tmp_path):
+@pytest.mark.parametrize("model", ["gpt2", "bert"])
+def test_a_failure_leaves_the_old_folder(lines, tmp_path, model):
     out = tmp_path / "out"
-    prepare((lines,), out, vocab_size=300, text_field="body")
+    prepare((lines,), out, vocab_size=300, text_field="body", model=model)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "bad.jsonl").write_text('{"body": "fine"}\n{"body": 1}\n')
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="bad.jsonl.*body" if overwrite else "holds a prepared"):
+            prepare((tmp_path / "bad.jsonl",), out, text_field="body", model=model, overwrite=overwrite)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob("*.partial"))
 
-    def broken():
-        yield "fine"
-        raise ValueError("the disk is gone")
 
-    with pytest.raises(ValueError, match="disk is gone"):
-        prepare_documents(broken(), out, train_tokenizer(["something else"], 260))
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+def test_only_what_was_not_changed_is_replaced(lines, tmp_path):
+    out, options = tmp_path / "out", {"vocab_size": 300, "text_field": "body", "overwrite": True}
+    prepare((lines,), out, **options)
+    (tmp_path / "more.txt").write_text("And a fourth text.")
+    prepare((lines, tmp_path / "more.txt"), out, **options)
+    assert texts_of(out) == [*TEXTS, "And a fourth text."]
+    (out / "tokenizer.json").write_text("mine")
+    with pytest.raises(ValueError, match="tokenizer.json was added, changed or removed since"):
+        prepare((lines,), out, **options)
+    assert (out / "tokenizer.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "tokens.idx", "tokenizer.json", "source.json"])
+def test_names_that_are_taken_are_refused_before_the_text_is_read(lines, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"{name} is a file already"):
+        prepare_text((tmp_path / "absent.txt",), tmp_path / "out")
+    if name != "source.json":
+        with pytest.raises(ValueError, match=f"{name} is a file already"):
+            prepare_documents(iter([pytest]), tmp_path / "out", train_tokenizer(["a"], 258))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+def test_a_run_is_no_place_for_another_text(lines, tmp_path):
+    model = GPT2(GPT2Config(1, 16, 2, vocab_size=16, max_seq_len=8))
+    save_checkpoint(tmp_path / "run", 1, model)
+    before = sorted(tmp_path.rglob("*"))
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="run is a run; a target is a new folder"):
+            prepare((lines,), tmp_path / "run", text_field="body", overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_messages_name_the_folder_that_was_asked_for(tmp_path):
+    (tmp_path / "blank.txt").write_text("x")
+    with pytest.raises(ValueError) as caught:
+        prepare((tmp_path / "blank.txt",), tmp_path / "out", tmp_path / "absent.json")
+    assert ".partial" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/out/tokens: no documents"):
+        with written_folder(tmp_path / "out", "prepared") as partial:
+            prepare_documents([], partial, train_tokenizer(["a"], 258))
 
 
 # For BERT
@@ -147,7 +194,7 @@ def test_for_bert_the_sentences_come_back(stories, tmp_path):
     out = tmp_path / "out"
     file = prepare((stories,), out, vocab_size=90, text_field="body", model="bert")
     assert sentences_of(out) == SENTENCES and find_token_file(out) == out / "tokens"
-    names = ["source.json", "tokenizer.json", "tokens.bin", "tokens.idx"]
+    names = [MARK, "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"]
     assert sorted(path.name for path in out.iterdir()) == names
     batch = BertSamples(file, load_wordpiece(out / "tokenizer.json"), 16, 4).batch(range(4))
     assert batch["input_ids"].shape == (4, 16)
@@ -188,17 +235,3 @@ def test_whose_a_tokenizer_is_shows_in_any_spelling(stories, tmp_path):
     }.items():
         with pytest.raises(ValueError, match=words):
             prepare((stories,), tmp_path / "out", tmp_path / name, 90, "body", "bert")
-
-
-def test_for_bert_a_failure_leaves_the_old_pair(stories, tmp_path):
-    out = tmp_path / "out"
-    prepare((stories,), out, vocab_size=90, text_field="body", model="bert")
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-
-    def broken():
-        yield "fine"
-        raise ValueError("the disk is gone")
-
-    with pytest.raises(ValueError, match="disk is gone"):
-        prepare_documents(broken(), out, train_wordpiece(["something else"], 60))
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'check_split', 'command_words', 'check_plan', 'check_tokens', 'length_note', 'check_unused', 'run_tokenizer',
-           'same_ids']
+           'same_ids', 'ids_checksum']
 
 # %% ../../nbs/7_using/02_refusals.ipynb #3bf1de38
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,9 +78,10 @@ def check_tokens(
     config: TrainConfig,
     tokens: TokenFile,
     tokenizer: Tokenizer | WordPiece | None,    # a BERT needs its own
+    trained: bool = False,                      # whether the model goes on, its tables are made
 ) -> None:
     "Raise `ValueError` for ids above the vocabulary, and for too little text."
-    check_split(config.model, config.parallel.tp, trained=False)
+    check_split(config.model, config.parallel.tp, trained)
     tokens.check_vocab(config.model.vocab_size)
     length, held_out = config.model.max_seq_len, config.run.validation
     starts = tokens.document_starts
@@ -122,3 +125,9 @@ def run_tokenizer(run: Path) -> Path | None:
 def same_ids(a: Tokenizer | WordPiece, b: Tokenizer | WordPiece) -> bool:
     "Whether each id means the same token to both."
     return a.core.get_vocab() == b.core.get_vocab()
+
+
+def ids_checksum(tokenizer: Tokenizer | WordPiece) -> str:
+    "Equal for tokenizers to which each id means the same token."
+    pairs = sorted(tokenizer.core.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()

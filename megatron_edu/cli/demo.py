@@ -9,9 +9,11 @@ __all__ = ['MISTAKES', 'show_lights', 'run']
 import sys
 
 from .breaking import TP, examine_on_rank, find_mutant, summary, table
-from ..demo import Say, demo, stages
+from .checks import check_plan
+from ..demo import Say, demo, demo_plan, stages
 from ..demo_bert import demo_bert
 from ..failures import raised_by_us
+from ..files import check_folder
 from ..ranks import Ranks
 from ..settings import DemoConfig
 from ..testing import CHECKS
@@ -38,6 +40,8 @@ def show_lights(
 
 def run(asked: DemoConfig) -> int:      # 3: something differs from the reference, or no check works
     "The verb `demo`."
+    check_plan(demo_plan(asked))
+    check_folder(asked.out, "run", overwrite=True)      # an earlier demo, if it was left as it was
     say = stages()
     try:
         if not show_lights(asked.model, say):

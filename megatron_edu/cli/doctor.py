@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LIMIT', 'NEEDED', 'PROGRAM', 'LOOKS', 'VITAL', 'REMEDIES', 'Finding', 'below', 'look_at_python', 'look_at_torch',
            'look_at_packages', 'processor', 'look_at_system', 'look_at_memory', 'look_at_gpus', 'look_at_disk',
-           'look_at_files', 'look_at_compiler', 'two_sums', 'look_at_ranks', 'look', 'examine_machine', 'run']
+           'look_at_files', 'look_at_compiler', 'two_sums', 'look_at_ranks', 'look', 'patience', 'examine_machine',
+           'run']
 
 # %% ../../nbs/7_using/09_cli_doctor.ipynb #92a098fb
 import os
@@ -26,7 +27,7 @@ from .options import DoctorArguments
 from .paint import paint
 from ..machine import available_memory, cpu_count, in_bytes
 
-LIMIT = 18.0        # seconds for all answers together: two ranks start in 3, on a busy machine in 10
+LIMIT = 18.0        # seconds for all answers together, on a quiet machine: two ranks start in 3
 
 
 @dataclass(frozen=True)
@@ -253,16 +254,21 @@ def _failed(name: str) -> str:
     return "not ok" if name in VITAL else "remark"
 
 
+def patience() -> float:
+    "Seconds to wait for answers: where others are at work, ranks start later."
+    return LIMIT * min(5.0, max(1.0, os.getloadavg()[0] / cpu_count()))
+
+
 def examine_machine() -> list[Finding]:
     "All findings, in order."
     answers: dict[str, list[Finding]] = {}
     threads = [threading.Thread(target=look, args=(n, answers), daemon=True) for n in LOOKS]
     for thread in threads:
         thread.start()
-    begun = time.monotonic()
+    limit, begun = patience(), time.monotonic()
     for thread in threads:
-        thread.join(max(0.0, begun + LIMIT - time.monotonic()))
-    late = f"no answer within {LIMIT:g} s; is the machine busy? "
+        thread.join(max(0.0, begun + limit - time.monotonic()))
+    late = f"no answer within {limit:.3g} s; "
     found = []
     for name in LOOKS:
         remedy = REMEDIES.get(name, "ask again")

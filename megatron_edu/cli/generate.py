@@ -6,7 +6,6 @@
 __all__ = ['Speech', 'read_prompt', 'run', 'model_config', 'generate_on_rank']
 
 # %% ../../nbs/7_using/09_cli_generate.ipynb #aa01add7
-import os
 import sys
 from pathlib import Path
 
@@ -15,8 +14,10 @@ import torch
 from .checks import check_split, run_tokenizer
 from .options import GenerateArguments
 from .paint import silent
+from ..data.round_trip import encode_prompt
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..generate import check_next_token, generate, ids_without_token
+from ..machine import under_torchrun
 from ..memory import WEIGHTS, check_memory
 from ..mesh import ParallelDims, ParallelGroups
 from ..prepare import TOKENIZER
@@ -56,7 +57,7 @@ def read_prompt(prompt: str) -> str:
     "The prompt, or what standard input says where it is -. One new line at its end is no text."
     if prompt != "-":
         return prompt
-    if "RANK" in os.environ:
+    if under_torchrun():
         raise ValueError("--prompt -: ranks of torchrun have no input; give the text with --prompt")
     if sys.stdin is None:
         raise ValueError("--prompt -: standard input is closed; give the text with --prompt")
@@ -82,9 +83,9 @@ def run(asked: GenerateArguments) -> None:
     check_next_token(config)
     check_split(config, asked.tp)
     if not asked.force:
-        check_memory(WEIGHTS * config.num_parameters(), "this model")
+        check_memory(WEIGHTS * config.num_parameters(), f"the model of {folder}")
     tokenizer = load_tokenizer(path)
-    ids = tokenizer.encode(read_prompt(asked.prompt)) or [tokenizer.eod_id]
+    ids = encode_prompt(tokenizer, read_prompt(asked.prompt)) or [tokenizer.eod_id]
     stop_id = tokenizer.eod_id if asked.stop else None
     work = folder, path, ids, asked.tokens, asked.sampling, stop_id
     launch(generate_on_rank, ParallelDims(tp=asked.tp), *work, say=silent)

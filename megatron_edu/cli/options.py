@@ -8,6 +8,7 @@ __all__ = ['SMALL', 'VERBS', 'TrainArguments', 'preset_arguments', 'given', 'cho
            'PresetsArguments', 'DoctorArguments', 'BreakArguments', 'demo_defaults', 'generate_defaults', 'Verb']
 
 # %% ../../nbs/7_using/06_cli_options.ipynb #30482a7f
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -53,7 +54,7 @@ class TrainArguments:
     """
 
     data: tuple[Path, ...]          # .txt and .jsonl files, folders of them, or one token file
-    config: TrainConfig
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     model: Literal["gpt2", "bert"] = "gpt2"     # kind of model; a preset implies its own
     preset: str = "laptop"          # model and recipe to start from: tiny, laptop, bert-laptop, ...
     tokenizer: Path | None = None   # file or folder: tokenizer.json, vocab.txt; None: train one
@@ -82,9 +83,12 @@ def preset_arguments(preset: str) -> TrainArguments:
 # %% ../../nbs/7_using/06_cli_options.ipynb #47284166
 def given(args: list[str], option: str) -> str | None:
     "What a command line says after an option, at last; None where it says nothing."
-    values = [b for a, b in zip(args, args[1:], strict=False) if a == option]
-    values += [a.removeprefix(f"{option}=") for a in args if a.startswith(f"{option}=")]
-    return values[-1] if values else None
+    found = None
+    for word, following in zip(args, [*args[1:], None], strict=False):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") == option:
+            found = value if equals else following
+    return found
 
 
 def choose_preset(args: list[str]) -> str:
@@ -111,8 +115,8 @@ def warmed_up(
 ) -> TrainConfig:
     "With the warm-up of as many steps as the command line gives, if the preset is a small one."
     steps = given(args, "--steps")
-    if preset not in SMALL or steps is None or not steps.isdecimal() or int(steps) == 0:
-        return config
+    if preset not in SMALL or not re.fullmatch("0*[1-9][0-9]{0,17}", steps or ""):
+        return config        # what is no number of steps is refused with its name, later
     return replace(config, optimizer=quick_recipe(config.model, Path(), int(steps)).optimizer)
 
 
@@ -196,10 +200,10 @@ def _of_run(
         config = replace(config, run=replace(config.run, out=folder.absolute().parent))
     else:
         _leave_open(config)
-    data = described.get("data", {})
-    paths = tuple(map(Path, data.get("given", ()))) or tyro.MISSING
-    field = data.get("text_field", arguments.text_field)
-    return replace(arguments, data=paths, config=config, text_field=field)
+    data = described.get("data")
+    own = tyro.MISSING if data is None else ()      # without --data: the tokens that it has
+    field = (data or {}).get("text_field", arguments.text_field)
+    return replace(arguments, data=own, config=config, text_field=field)
 
 
 def weights_config(folder: Path) -> ModelConfig:
@@ -284,7 +288,7 @@ class BreakArguments:
     Example: megatron-edu break no_f
     """
 
-    name: tyro.conf.Positional[str | None] = None   # of a mistake; without it all are listed
+    name: tyro.conf.Positional[str | None] = None   # of a mistake; without a name all are listed
 
 
 def demo_defaults(args: list[str]) -> DemoConfig:

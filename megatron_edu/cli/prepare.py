@@ -6,14 +6,22 @@
 __all__ = ['run']
 
 # %% ../../nbs/7_using/09_cli_prepare.ipynb #87b33488
+from .net import say
 from .options import PrepareArguments
-from ..prepare import prepare
+from ..prepare import prepare_folder
 
 
 def run(asked: PrepareArguments) -> None:
     "The verb `prepare`."
     out, options = asked.out, (asked.tokenizer, asked.vocab_size, asked.text_field, asked.model)
-    file = prepare(asked.inputs, out, *options)
+    made = prepare_folder(asked.inputs, out, *options, asked.lossy, overwrite=asked.overwrite)
+    if asked.quiet:
+        return
+    for line in made.lines():
+        say("prepare", line)
+    file = made.file
     sentences = f"{len(file):,} sentences, " if asked.model == "bert" else ""
     documents = len(file.document_offsets) - 1
     print(f"{documents:,} documents, {sentences}{file.num_tokens:,} tokens in {out}")
+    for line in made.lines():       # what was lost or changed on the way
+        print(line)

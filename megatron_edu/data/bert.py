@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .gpt2 import check_count, check_range
+from ..checks import check_kind
+from .gpt2 import check_count, check_range, check_samples
 from .masking import below, chosen, hide, ngrams
 from .token_file import TokenFile, check_ids
 from .wordpiece import WordPiece
@@ -209,6 +210,8 @@ class SentencePairs(torch.utils.data.Dataset):
         seed: int = 1,
         documents: range | None = None,     # of the file; None: all (see `split_documents`)
     ):
+        check_samples(token_file, seq_len, num_samples, seed, documents)
+        check_kind("tokenizer", tokenizer, WordPiece)
         check_count(num_samples)
         if seq_len < SPECIALS + 2:
             raise ValueError(

@@ -21,6 +21,8 @@ from typing import TextIO
 
 from pydoc_data.topics import topics
 
+from ..checks import check_kind
+
 # %% ../../nbs/5_data/01_text.ipynb #6ebc1e6a
 def docstrings(
     source: bytes,      # of a Python module; it is parsed, never imported or run
@@ -137,7 +139,8 @@ def json_texts(
             ) from None
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            fields = sorted(record)[:SHOWN] if isinstance(record, dict) else type(record).__name__
+            names = [name[:40] for name in sorted(record)[:SHOWN]] if isinstance(record, dict) else []
+            fields = names or type(record).__name__
             raise ValueError(
                 f"{where}: no string in field {text_field!r} (found: {fields}); each line must "
                 "carry the text there; name the right field with text_field="
@@ -189,8 +192,11 @@ def text_files(
     paths: str | Path | Iterable[str | Path],
 ) -> list[Path]:
     "The .txt and .jsonl files that `paths` name; folders are searched. ValueError for any other."
+    several = isinstance(paths, Iterable) and not isinstance(paths, str)
     files = []
-    for path in map(Path, [paths] if isinstance(paths, str | Path) else paths):
+    for name in paths if several else [paths]:
+        check_kind("path", name, str | Path)
+        path = Path(name)
         found = sorted(files_below(path)) if path.is_dir() else [path]
         texts = [each for each in found if each.suffix.lower() in ENDINGS]
         if not texts:
@@ -275,6 +281,7 @@ def read_documents(
     without text (at the call), for a line or byte that cannot be read, and for a corpus without a
     document (when it is reached).
     """
+    check_kind("text_field", text_field, str)
     return _read_files(text_files(paths), text_field)
 
 

@@ -188,9 +188,8 @@ class RoundTrip:
         place = f"{text.place(at)}: " if isinstance(text, Document) else ""
         return (
             f"{place}the tokenizer has no token for {what}, and a model would never see it; take "
-            "a tokenizer that knows every character (without --tokenizer one is trained), or leave "
-            "such characters out and count them with lossy=True, which is megatron-edu prepare "
-            "--lossy"
+            "a tokenizer that knows every character (where none is named one is trained), or leave "
+            "such characters out and count them with lossy=True (--lossy)"
         )
 
 

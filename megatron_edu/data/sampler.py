@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from ..checks import check_kind
 from ..comm import broadcast, group_rank
 from ..config import BertConfig, ModelConfig
 
@@ -24,7 +25,9 @@ def check_sizes(
     dp_rank: int,
     dp_size: int,
 ) -> None:
-    "ValueError for sizes that do not divide, and for too few samples."
+    "ValueError for sizes that do not divide, and for too few samples; TypeError for no sizes."
+    for name, value in tuple(locals().items()):
+        check_kind(name, value, int)
     if min(global_batch, micro_batch, dp_size) < 1 or not 0 <= dp_rank < dp_size:
         raise ValueError(
             f"global_batch {global_batch}, micro_batch {micro_batch}, data-parallel rank {dp_rank} "
@@ -50,6 +53,7 @@ class Consumed:
 
     def __init__(self, num_samples: int, consumed: int):
         self.num_samples = num_samples      # in all
+        check_kind("consumed", consumed, int)
         self.load_state_dict({"consumed": consumed})
 
     def state_dict(self) -> dict[str, int]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .corpus import text_files
+from ..files import written_files
 
 # %% ../../nbs/5_data/01_source.ipynb #2e81c793
 SOURCE = "source.json"      # beside the tokens
@@ -128,7 +129,8 @@ def write_source(
     record: dict[str, Any],     # inputs: as `with_hashes` makes them; what else is worth keeping
 ) -> None:
     "Write the record of a folder of tokens."
-    (folder / SOURCE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    with written_files(folder / SOURCE) as (partial,):
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def read_source(

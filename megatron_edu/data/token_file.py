@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..checks import check_kind
+
 # %% ../../nbs/5_data/03_token_file.ipynb #2b80ed75
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -181,6 +183,7 @@ class TokenFile(TokenIndex):
     """
 
     def __init__(self, prefix: str | Path):     # of the files `prefix.bin` and `prefix.idx`
+        check_kind("prefix", prefix, str | Path)
         self.prefix = Path(prefix)
         tokens, index = existing(bin_path(prefix)), existing(idx_path(prefix))
         super().__init__(index)

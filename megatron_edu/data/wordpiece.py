@@ -14,7 +14,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from .tokenizer import Codec, checked, readable
+from ..checks import check_kind
+from .tokenizer import Codec, check_vocab_size, checked, readable
 
 # %% ../../nbs/5_data/06_wordpiece.ipynb #1daa4b3b
 SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -95,6 +96,7 @@ def train_wordpiece(
 
     Raises ValueError for fewer tokens than letters and special tokens, and for no documents.
     """
+    check_vocab_size(vocab_size)
     core = uncased(models.WordPiece(unk_token="[UNK]"))
     words = count_words(core, checked(documents))
     first, later = {c for word in words for c in word}, {c for word in words for c in word[1:]}
@@ -121,6 +123,7 @@ def load_wordpiece(
     A folder must hold tokenizer.json, vocab.txt or bert-uncased-vocab.txt. Raises ValueError for a
     path without them, for a file that is no such tokenizer, and for a vocabulary with capitals.
     """
+    check_kind("path", path, str | Path)
     path = Path(path)
     names = "tokenizer.json", "vocab.txt", "bert-uncased-vocab.txt"
     files = [path / name for name in names] if path.is_dir() else [path]

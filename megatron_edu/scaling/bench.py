@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..config import GPT2Config
+from ..files import check_folder, written_folder
 from ..ranks import Ranks
 from megatron_edu.scaling.contenders import (
     CONTENDERS,
@@ -216,6 +217,8 @@ def bench(config: BenchConfig) -> list[Result]:
             f"cases {theirs} measure transformers as well, which is not installed: "
             "pip install transformers, or name other cases"
         )
+    if config.out is not None:
+        check_folder(config.out, "results")
     results, pages = [], [machine() + "\n"]
     print(pages[0], flush=True)
     for name in config.cases:
@@ -223,11 +226,11 @@ def bench(config: BenchConfig) -> list[Result]:
         pages.append(report(results[-1]))
         print(pages[-1], flush=True)
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
-        (config.out / "results.md").write_text("\n".join(pages))
         numbers = {
             name: {"seconds": r.seconds, "gemm": r.gemm, "loss": r.loss, "memory": r.memory}
             for name, r in zip(config.cases, results, strict=True)
         }
-        (config.out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+        with written_folder(config.out, "results") as partial:
+            (partial / "results.md").write_text("\n".join(pages))
+            (partial / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
     return results

@@ -59,7 +59,6 @@ def write_folder(
     folder: Path,
     tensors: dict[str, dict[str, torch.Tensor]],    # by name of a safetensors file
     documents: dict[str, dict],                     # by name of a JSON file
-    kind: str = "checkpoint",                       # or another of `files.KINDS`
 ) -> None:
     """Write aside, then rename: `folder` is there whole or not at all.
 
@@ -69,7 +68,7 @@ def write_folder(
     need = sum(tensor.nbytes for content in tensors.values() for tensor in content.values())
     try:
         check_space(folder, need)
-        with written_folder(folder, kind, overwrite=kind == "checkpoint") as partial:
+        with written_folder(folder, "checkpoint", overwrite=True) as partial:
             _write_files(partial, tensors, documents)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
@@ -175,7 +174,12 @@ def load_weights(
 
     Raises `ValueError` if they do not fit the model, and if one is not finite.
     """
-    model.load_state_dict(shard_state_dict(_read_tensors(Path(folder) / MODEL), model))
+    path = Path(folder) / MODEL
+    full = _read_tensors(path)
+    try:
+        model.load_state_dict(shard_state_dict(full, model))
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the {CONFIG} beside it: {error}") from None
 
 
 def load_model(

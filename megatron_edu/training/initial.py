@@ -23,7 +23,6 @@ from megatron_edu.resume import (
     kind_of,
     newest_good,
     read_checkpoint,
-    read_json,
     refusal,
     resolved,
 )
@@ -45,6 +44,7 @@ def find_source(
 ) -> Source:
     "What weights lie in a folder. `ValueError` if there are none, or damaged ones."
     from megatron_edu.interop import huggingface_bert, huggingface_gpt2
+    from megatron_edu.interop.huggingface import LOADERS, read_fields
 
     folder = Path(folder)
     if checkpoints(folder):
@@ -53,12 +53,13 @@ def find_source(
     if (folder / STATE).is_file():
         return Source(folder, True, read_checkpoint(folder).model, [])
     if not (folder / CONFIG).is_file():
-        what = "a folder without a model" if folder.is_dir() else "no such folder"
+        what = "a folder without a model" if folder.is_dir() else "no folder"
+        what = what if folder.exists() else "no such folder"
         raise ValueError(
             f"--init-from {folder}: {what}; name a run, one of its checkpoints, or a folder that "
             "transformers saved"
         )
-    kind = read_json(folder / CONFIG).get("model_type")
+    kind = read_fields(folder, LOADERS)["model_type"]
     module = huggingface_gpt2 if kind == "gpt2" else huggingface_bert
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)     # once, when the weights are read
@@ -75,16 +76,11 @@ def check_sizes(
             f"--init-from {source.folder}: a {kind_of(source.model)}, and a {kind_of(model)} is to "
             f"be trained; use --model {kind_of(source.model)}"
         )
-    theirs = source.model if source.ours else _padded_as(source.model, model)
+    theirs = replace(source.model, vocab_multiple=model.vocab_multiple)     # the table takes any
     differ = differences(resolved(theirs, theirs), resolved(model, theirs))
     why = refusal("model", differ)
     if why:
         raise ValueError(f"--init-from {source.folder}: a model of other sizes: {why}")
-
-
-def _padded_as(theirs: ModelConfig, model: ModelConfig) -> ModelConfig:
-    "A table of transformers has no padding: it takes any."
-    return replace(theirs, vocab_multiple=model.vocab_multiple)
 
 # %% ../../nbs/6_training/04_initial.ipynb #b4d5e6aa
 PADDED = ("wte.weight", "mlm.bias")     # a row, or a number, for each token

@@ -65,6 +65,7 @@ class Run:
     step: int                                       # steps done
     record: dict = field(default_factory=dict)      # what config.json says beside `config`
     owner: Owner | None = None                      # of the folder; known to the rank that saves
+    notes: list[str] = field(default_factory=list)  # what there is to say of the first weights
 
     def advance(self) -> dict[str, float]:          # lr, and what `train_step` gives
         "Do one step. Raises `FloatingPointError` with its number if loss or norm are not finite."
@@ -119,13 +120,13 @@ def begin_run(
     "Model, optimizer and data of a run. Raises `ValueError` for what does not fit together."
     model = build_model(config.model, groups.tp_group, seed=config.run.seed).to(device)
     optimizer = make_optimizer(model, config.optimizer)
-    state = {"step": 0, "consumed": 0}
+    state, notes = {"step": 0, "consumed": 0}, []
     if checkpoint is not None:
         load_weights(checkpoint, model)
         load_optimizer(checkpoint, model, optimizer)
         state = {"consumed": 0, **load_state(checkpoint)}
     elif source is not None:
-        load_initial(source, model)
+        notes = load_initial(source, model)
     else:
         where = f"init_std={config.model.init_std}"
         check_finite(dict(model.named_parameters()), where)
@@ -138,7 +139,7 @@ def begin_run(
         for block in model.blocks:
             block.compile()
     parts = model, replicas, optimizer, sampler, batches
-    return Run(config, data, *parts, step, record or {})
+    return Run(config, data, *parts, step, record or {}, notes=notes)
 
 # %% ../../nbs/6_training/09_loop.ipynb #5a22042a
 @contextlib.contextmanager
@@ -265,7 +266,7 @@ def train(
         run.owner = owner
         journal = Journal(config, run.step, groups.tp_rank == groups.dp_rank == 0, quiet)
         try:
-            for note in made.notes:
+            for note in [*made.notes, *run.notes]:
                 journal.say(note)
             if checkpoint is not None:
                 journal.say(f"going on from {checkpoint}")
