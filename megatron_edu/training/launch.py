@@ -50,8 +50,9 @@ def choose_backend(
 
 # %% ../../nbs/6_training/10_launch.ipynb #c6a603b8
 def _stop(number: int, frame: Any) -> None:
-    "Outside of the training loop a rank has nothing to save."
-    raise Stopped(number, f"stopped by {signal.Signals(number).name}; nothing was to be saved")
+    "Outside of the training loop a rank has nothing to save. On its way out it needs no request."
+    if not _chain(sys.exc_info()[1]):
+        raise Stopped(number, f"stopped by {signal.Signals(number).name}; nothing was to be saved")
 
 # %% ../../nbs/6_training/10_launch.ipynb #ccac7e17
 class _Report(NamedTuple):
@@ -62,12 +63,21 @@ class _Report(NamedTuple):
     trace: str = ""     # of an error that nobody foresaw
 
 
+def _chain(error: BaseException | None) -> list[Stopped]:
+    "The requests to stop that an exception came from, the first one last."
+    found = []
+    while error is not None:
+        found += [error] if isinstance(error, Stopped) else []
+        error = error.__context__
+    return found
+
+
 def _report(error: BaseException) -> _Report:
     "An exception of a rank: one line for what a user or a machine can cause, else its traceback."
     if isinstance(error, KeyboardInterrupt):
         error = Stopped(signal.SIGINT)
     if isinstance(error, Stopped):
-        return _Report("stopped", error)
+        return _Report("stopped", _chain(error)[-1])    # asked again on its way out: the first
     if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_LOST):
         return _Report("lost", str(error))
     words = in_words(error)
@@ -423,8 +433,8 @@ def launch(
     notice()                        # a limit that is no number is refused before ranks start
     crew = _Crew(dims, patience(), say)
     payload = _pickle((fn, args))
-    say(f"{dims.world_size} ranks (tp={dims.tp}, dp={dims.dp}), backend {backend}: {reason}")
     with tempfile.TemporaryDirectory() as folder, crew.listening():
+        say(f"{dims.world_size} ranks (tp={dims.tp}, dp={dims.dp}), backend {backend}: {reason}")
         try:
             crew.start(dims, payload, backend, folder)
             return crew.run()
