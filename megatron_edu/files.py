@@ -415,7 +415,7 @@ def written_files(
 
 
 def _by_final_name(error: BaseException, partial: Path, path: Path) -> None:
-    "Put the name that the user knows into an error that was raised while a partial one was written."
+    "Put the name that the user knows into an error raised while a partial one was written."
     old, new = str(partial), str(path)
     error.args = tuple(a.replace(old, new) if isinstance(a, str) else a for a in error.args)
     if isinstance(error, OSError) and isinstance(error.filename, str | Path):

@@ -15,7 +15,7 @@ from .comm import broadcast, group_rank
 
 # %% ../nbs/1_ranks/07_first_rank.ipynb #530df1a7
 TEXT_BYTES = 1000       # of a message that all ranks get; what is longer is cut
-KINDS = {"o": OSError, "v": ValueError, "m": MemoryError}     # of errors that are passed on, by their first letter
+KINDS = {"o": OSError, "v": ValueError, "m": MemoryError}   # errors passed on, by first letter
 
 
 def share_text(

@@ -106,7 +106,9 @@ def check_request(
     "Raise `TypeError` or `ValueError` for what `generate` cannot do."
     fits = isinstance(getattr(model, "config", None), ModelConfig)
     if not fits or not hasattr(model, "hidden_states"):
-        raise TypeError(f"a {type(model).__name__} writes no text; pass a GPT2 of megatron_edu.models")
+        raise TypeError(
+            f"a {type(model).__name__} writes no text; pass a GPT2 of megatron_edu.models"
+        )
     check_next_token(model.config)
     check_table(input_ids)
     if input_ids.numel() == 0:

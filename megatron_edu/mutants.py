@@ -27,7 +27,7 @@ from .tensor_parallel.shard import gather_state_dict, shard_state_dict
 from .testing import CHECKS, Report, compare_with_reference
 
 # %% ../nbs/4_models/06_mutants.ipynb #bc9ce736
-LESSONS = {     # target, or beginning of its path -> the chapter that derives it, where in the paper
+LESSONS = {     # target, or beginning of its path -> chapter that derives it, where in the paper
     "tensor_parallel.linear": ("nbs/3_layers/03_linear.ipynb", "section 3, figure 3"),
     "tensor_parallel.shard": ("nbs/3_layers/01_shard.ipynb", "section 3"),
     "tensor_parallel.embedding": ("nbs/3_layers/04_embedding.ipynb", "section 3"),

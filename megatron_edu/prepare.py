@@ -57,7 +57,8 @@ class Prepared(NamedTuple):
         "What deserves to be said of the text, a line each."
         unknown, tokens = self.counts.unknown, self.file.num_tokens
         share = f"{unknown:,} of {tokens:,} tokens ({unknown / max(tokens, 1):.2%}) are [UNK]"
-        return self.counts.lines() + [f"{share}, words that the tokenizer does not know"] * (unknown > 0)
+        words = [f"{share}, words that the tokenizer does not know"] * (unknown > 0)
+        return self.counts.lines() + words
 
 
 def warn(lines: list[str]) -> None:

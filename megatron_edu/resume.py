@@ -615,8 +615,8 @@ def check_tokens_are(
     if not same:
         raise ValueError(
             f"{prefix}: {count:,} tokens, and not those that {checkpoint} was trained on "
-            f"({noted['tokens']:,} tokens, {noted['prefix']}); go on with those, or begin a new run "
-            f"on these with --init-from {checkpoint.parent} and another --out"
+            f"({noted['tokens']:,} tokens, {noted['prefix']}); go on with those, or begin a new "
+            f"run on these with --init-from {checkpoint.parent} and another --out"
         )
     files = [{**new, "sha256": old["sha256"]} for old, new in zip(was, now)]
     return {**noted, "prefix": str(Path(prefix).absolute()), "files": files}

@@ -1,4 +1,4 @@
-"`megatron-edu break`: every mistake by its name, what is printed of it, and the lessons that it names."
+"`megatron-edu break`: every mistake by its name, what is printed of it, and the lessons it names."
 
 import io
 import sys

@@ -913,7 +913,8 @@ def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):
     there.mkdir()       # empty
     cli.main(f"convert --from {run} --to {there} --format huggingface".split())
     cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
-    said = f"{load_config(latest_checkpoint(run)).num_parameters():,} parameters in {there}; compared with transformers"
+    count = load_config(latest_checkpoint(run)).num_parameters()
+    said = f"{count:,} parameters in {there}; compared with transformers"
     assert capsys.readouterr().out.startswith(said)
     assert load_state(latest_checkpoint(back))["step"] == 0
     tokenizers = {(folder / "tokenizer.json").read_bytes() for folder in (run, there, back)}

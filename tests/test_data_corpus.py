@@ -131,7 +131,9 @@ def test_a_bad_line_is_named(tmp_path, line, found):
     assert len(str(error.value)) < 1000
 
 
-@pytest.mark.parametrize("more", ['"n": 1e999', '"n": -Infinity', '"n": {"x": 1, "x": 2}', '"n": 7e-9'])
+@pytest.mark.parametrize(
+    "more", ['"n": 1e999', '"n": -Infinity', '"n": {"x": 1, "x": 2}', '"n": 7e-9']
+)
 def test_other_fields_may_hold_anything(tmp_path, more):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "one", {more}}}')
     assert list(read_documents(tmp_path)) == ["one"]
@@ -154,10 +156,16 @@ def test_bytes_that_are_no_text_are_named(tmp_path, name):
     [
         (b"ab\ncd\n\nne\xff", "line 4: byte 0xff is not UTF-8"),
         ("é\n".encode() * 600_000 + b"\xc3", "line 600001: byte 0xc3 is not UTF-8 (unexpected end"),
-        ("one two\n".encode("utf-16"), "line 1: byte 0xff is not UTF-8 .* it is UTF-16; convert it"),
+        (
+            "one two\n".encode("utf-16"),
+            "line 1: byte 0xff is not UTF-8 .* it is UTF-16; convert it",
+        ),
         ("one two".encode("utf-16-be"), "line 1: a byte of zero.* is it UTF-16"),
         (b"one\n\n" + b"two\n" * 9000 + b"a\0b", "line 9003: a byte of zero"),
-        (gzip.compress(b"one two"), "line 1: byte 0x8b is not UTF-8 .* compressed; unpack it with gun"),
+        (
+            gzip.compress(b"one two"),
+            "line 1: byte 0x8b is not UTF-8 .* compressed; unpack it with gun",
+        ),
         (b"PK\x03\x04\x14\0\0\0", "line 1: a byte of zero.* a zip archive; unpack it"),
         (lzma.compress(b"one two"), "line 1: byte 0xfd is not UTF-8 .* unpack it with unxz"),
     ],

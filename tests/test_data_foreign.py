@@ -1,4 +1,4 @@
-"Tokenizers of other programs: what they store is dropped, what is no tokenizer is refused in words."
+"Tokenizers of other programs: what they store is dropped, what is none is refused in words."
 
 import json
 import os
@@ -110,7 +110,7 @@ def test_a_post_processor_adds_nothing(bpe, tmp_path):
     assert loaded.encode(TEXT) == bpe.encode(TEXT)
 
 
-# ------------------------------------------------------------------------------ what is no tokenizer
+# ----------------------------------------------------------------------------- what is no tokenizer
 
 
 def changed(tokenizer, path, change) -> None:
@@ -274,7 +274,7 @@ def test_gpt2_is_read_by_its_vocabulary_alone(data_folder):
     assert by_file.encode(TEXT) == by_folder.encode(TEXT) and by_file.vocab_size == 50_257
 
 
-# --------------------------------------------------------------------------------- a word without end
+# ------------------------------------------------------------------------------- a word without end
 
 ONE_WORD = """
 import random, resource
@@ -321,7 +321,7 @@ def test_special_tokens_of_a_wordpiece_stay(wordpiece):
     assert [wordpiece.core.token_to_id(token) for token in SPECIAL] == [0, 1, 2, 3, 4]
 
 
-# --------------------------------------------------------------------------- the wrong kind of thing
+# -------------------------------------------------------------------------- the wrong kind of thing
 
 
 @pytest.fixture

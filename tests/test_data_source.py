@@ -1,4 +1,4 @@
-"The record of a text: what is the same is not read again, what differs is named, gone is no change."
+"The record of a text: the same is not read again, what differs is named, gone is no change."
 
 import json
 import os

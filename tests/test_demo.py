@@ -170,10 +170,14 @@ def test_four_green_lights_and_a_mistake(cpu_ranks, monkeypatch, capsys, kind):
 GREEN, RED = Report(0, 0, 0, 0), Report(0, 1, 1, 1)
 
 
-@pytest.mark.parametrize("right, wrong, status", [(GREEN, RED, 0), (RED, RED, 3), (GREEN, GREEN, 3)])
+@pytest.mark.parametrize(
+    "right, wrong, status", [(GREEN, RED, 0), (RED, RED, 3), (GREEN, GREEN, 3)]
+)
 def test_lights_that_are_wrong_end_the_demo(monkeypatch, capsys, tmp_path, right, wrong, status):
     def ranks(size):
-        say = lambda fn, kind, dp=1, mutant=None: [Verdict(wrong if mutant else right, 1.0, ())]  # noqa: E731
+        def say(fn, kind, dp=1, mutant=None):
+            return [Verdict(wrong if mutant else right, 1.0, ())]
+
         return contextlib.nullcontext(say)
 
     begun = []

@@ -59,8 +59,9 @@ def told(capsys, status=0):
 @pytest.mark.world(2)
 def test_what_is_said_of_a_machine_on_which_all_is_well(capsys, quick):
     found, out = told(capsys)
-    names = "megatron_edu Python torch numpy tokenizers safetensors transformers system CPU cores memory"
-    for name in names.split() + ["ranks", "C++ compiler", "disk here", "disk TMPDIR", "open files"]:
+    names = "megatron_edu Python torch numpy tokenizers safetensors transformers".split()
+    names += "system CPU cores memory ranks".split()
+    for name in names + ["C++ compiler", "disk here", "disk TMPDIR", "open files"]:
         assert name in found and found[name][1], name
     assert found["ranks"][0] == found["torch"][0] == "ok" and out.endswith("\nranks can run here\n")
     assert found["torch"][1] == torch.__version__
@@ -220,7 +221,10 @@ def test_nothing_private_is_said(capsys, monkeypatch, tmp_path, quick):
 
 
 def test_it_begins_without_torch():
-    code = "import sys, megatron_edu.cli.doctor; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    code = (
+        "import sys, megatron_edu.cli.doctor; "
+        "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

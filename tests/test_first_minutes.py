@@ -1,4 +1,4 @@
-"What a newcomer types first: answered at once, in plain words, in colours only where they are wanted."
+"What a newcomer types first: answered at once, in plain words, in colours only where wanted."
 
 import io
 import json

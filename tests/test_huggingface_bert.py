@@ -549,8 +549,14 @@ def changed(folder, tmp_path, **fields):
             {"max_position_embeddings": 32},
             r"position_embeddings.weight has shape \(17, 36\) .* makes it \(32, 36\); use the",
         ),
-        ({"vocab_size": 103}, r"has shape \(101, 36\) .* makes it \(103, 36\); use the config.json"),
-        ({"num_attention_heads": 5}, "hidden_size 36 does not divide by num_attention_heads 5; use"),
+        (
+            {"vocab_size": 103},
+            r"has shape \(101, 36\) .* makes it \(103, 36\); use the config.json",
+        ),
+        (
+            {"num_attention_heads": 5},
+            "hidden_size 36 does not divide by num_attention_heads 5; use",
+        ),
     ],
 )
 def test_another_kind_of_model_is_refused(folders, tmp_path, layer_norm, fields, words):

@@ -1,4 +1,4 @@
-"Folders of weights that are wrong: each kind of fault is refused in one line that names it, or warned of."
+"Folders of weights that are wrong: each kind of fault is refused in one line, or warned of."
 
 import json
 import os

@@ -1,4 +1,4 @@
-"Written folders: opened by transformers as they are, compared before they have a name, refused alike on all ranks."
+"Written folders: transformers opens them; compared before they are named; all ranks refuse alike."
 
 import json
 import os
@@ -374,7 +374,8 @@ def test_a_folder_is_written_and_read_without_transformers(tmp_path):
         "from megatron_edu.config import PRESETS\n"
         "from megatron_edu.models import build_model\n"
         "model = build_model(PRESETS['tiny'])\n"
-        f"save_huggingface(model, {str(tmp_path / 'new')!r}, check=lambda f: print(check_conversion(model, f)))\n"
+        f"save_huggingface(model, {str(tmp_path / 'new')!r}, "
+        "check=lambda f: print(check_conversion(model, f)))\n"
         f"load_huggingface({str(tmp_path / 'new')!r})\n"
     )
     run = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -290,7 +290,8 @@ def test_nan_before_any_checkpoint_says_that_there_is_none(tmp_path, tokens):
 def test_weights_that_are_not_finite_are_not_saved(ranks, device, tmp_path, tokens, tp):
     "The loss of the step was finite: its update was not."
     config = plan(tmp_path, tp=tp, optimizer=OptimizerConfig(lr=3e38, warmup_steps=0), save_every=1)
-    with pytest.raises((FloatingPointError, RuntimeError), match="step 1: .* is not saved; .* none"):
+    words = "step 1: .* is not saved; .* none"
+    with pytest.raises((FloatingPointError, RuntimeError), match=words):
         data = tokens, device
         run_here(config, *data) if tp == 1 else ranks(2)(run_quietly, config, *data)
     assert latest_checkpoint(tmp_path) is None
@@ -409,7 +410,8 @@ def interrupt_the_second(config, prefix, device):
 
 
 def test_all_ranks_stop_where_one_is_interrupted(ranks, device, tmp_path, tokens):
-    assert ranks(2)(interrupt_the_second, plan(tmp_path, tp=2), tokens, device) == [(2, signal.SIGTERM)] * 2
+    ended = ranks(2)(interrupt_the_second, plan(tmp_path, tp=2), tokens, device)
+    assert ended == [(2, signal.SIGTERM)] * 2
     assert latest_checkpoint(tmp_path).name == "step-00000002"
 
 

@@ -117,8 +117,10 @@ def test_a_failure_leaves_the_old_folder(lines, tmp_path, model):
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (tmp_path / "bad.jsonl").write_text('{"body": "fine"}\n{"body": 1}\n')
     for overwrite in (False, True):
-        with pytest.raises(ValueError, match="bad.jsonl.*body" if overwrite else "holds a prepared"):
-            prepare((tmp_path / "bad.jsonl",), out, text_field="body", model=model, overwrite=overwrite)
+        words = "bad.jsonl.*body" if overwrite else "holds a prepared"
+        options = {"text_field": "body", "model": model, "overwrite": overwrite}
+        with pytest.raises(ValueError, match=words):
+            prepare((tmp_path / "bad.jsonl",), out, **options)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert not list(tmp_path.glob("*.partial"))
 

@@ -1,4 +1,4 @@
-"`megatron-edu generate`: text as it comes is the text at the end, and a prompt from standard input."
+"`megatron-edu generate`: text as it comes is the text at the end; a prompt from standard input."
 
 import io
 import sys

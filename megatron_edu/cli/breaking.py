@@ -83,7 +83,9 @@ def table(
 ) -> str:
     "A row a check, a column a verdict. Numbers are distances from the unsharded reference."
     rows = [" " * 46 + "".join(f"{title:18}" for title in titles[: len(verdicts)])]
-    rows += [f"  {LABELS[check]:43}" + "".join(light(v, check) for v in verdicts) for check in checks]
+    rows += [
+        f"  {LABELS[check]:43}" + "".join(light(v, check) for v in verdicts) for check in checks
+    ]
     return "\n".join(row.rstrip() for row in rows)
 
 # %% ../../nbs/7_using/09_cli_breaking.ipynb #6c1f8afc

@@ -164,7 +164,10 @@ def look_at_files() -> list[Finding]:
     return [Finding("open files", text, below("remark", enough))]
 
 # %% ../../nbs/7_using/09_cli_doctor.ipynb #e4a7d612
-PROGRAM = "#include <vector>\nint main() { return static_cast<int>(std::vector<int>(3).size()) - 3; }\n"
+PROGRAM = (
+    "#include <vector>\n"
+    "int main() { return static_cast<int>(std::vector<int>(3).size()) - 3; }\n"
+)
 
 
 def look_at_compiler() -> list[Finding]:
@@ -244,7 +247,8 @@ def look(name: str, answers: dict[str, list[Finding]]) -> None:
         answers[name] = LOOKS[name]()
     except BaseException as error:
         lines = [type(error).__name__, *(line.strip() for line in str(error).strip().splitlines())]
-        text = ": ".join(dict.fromkeys([*lines[:2], lines[-1]]))    # of a rank's traceback both ends
+        ends = [*lines[:2], lines[-1]]      # both ends of a rank's traceback
+        text = ": ".join(dict.fromkeys(ends))
         remedy = f"; {REMEDIES[name]}" if name in REMEDIES else ""
         answers[name] = [Finding(name, text + remedy, _failed(name))]
 

@@ -313,13 +313,17 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("train, try and re-shard a small GPT-2 or BERT", DemoConfig, "demo", demo_defaults),
+    "demo": Verb(
+        "train, try and re-shard a small GPT-2 or BERT", DemoConfig, "demo", demo_defaults
+    ),
     "break": Verb("make a classic mistake, and see what finds it", BreakArguments, "breaking"),
     "prepare": Verb("turn text into a token file", PrepareArguments, "prepare"),
     "train": Verb("train a GPT-2 or a BERT on text", TrainArguments, "train", train_defaults),
     "generate": Verb("continue a prompt", GenerateArguments, "generate", generate_defaults),
     "convert": Verb("exchange weights with transformers", ConvertArguments, "convert"),
-    "bench": Verb("time the library against other ways to write the same step", BenchConfig, "bench"),
+    "bench": Verb(
+        "time the library against other ways to write the same step", BenchConfig, "bench"
+    ),
     "presets": Verb("list the models that --preset names", PresetsArguments, "presets"),
     "doctor": Verb("look at this machine: can ranks run here?", DoctorArguments, "doctor"),
 }

@@ -139,10 +139,11 @@ def json_texts(
             ) from None
         text = record.get(text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            names = [name[:40] for name in sorted(record)[:SHOWN]] if isinstance(record, dict) else []
-            fields = names or type(record).__name__
+            fields = sorted(record)[:SHOWN] if isinstance(record, dict) else []
+            names = [name[:40] for name in fields]
+            found = names or type(record).__name__
             raise ValueError(
-                f"{where}: no string in field {text_field!r} (found: {fields}); each line must "
+                f"{where}: no string in field {text_field!r} (found: {found}); each line must "
                 "carry the text there; name the right field with text_field="
             )
         if HALF_PAIR.search(text):
@@ -238,7 +239,8 @@ def first_bad_byte(path: Path) -> str:      # line, byte and reason, for a messa
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             line += error.object.count(b"\n", 0, error.start)
-            return f"line {line}: byte {error.object[error.start]:#04x} is not UTF-8 ({error.reason})"
+            byte = error.object[error.start]
+            return f"line {line}: byte {byte:#04x} is not UTF-8 ({error.reason})"
     return "not UTF-8 when it was read"
 
 

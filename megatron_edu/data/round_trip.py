@@ -88,9 +88,13 @@ class Counts:
         "What deserves to be said, a line each."
         lines = []
         if self.changed:
-            lines.append(f"the tokenizer's normalizer changed the letters of {self.changed:,} documents")
+            lines.append(
+                f"the tokenizer's normalizer changed the letters of {self.changed:,} documents"
+            )
         if self.spaced:
-            lines.append(f"spaces or line ends of {self.spaced:,} documents are not kept in their tokens")
+            lines.append(
+                f"spaces or line ends of {self.spaced:,} documents are not kept in their tokens"
+            )
         if self.lost:
             lines.append(
                 f"{self.lost:,} characters of {self.holed:,} documents have no token and are lost"
@@ -181,7 +185,9 @@ class RoundTrip:
         at, line = self.first_lost(text.splitlines(keepends=True)) or (0, text)
         _, word = self.first_lost(line.split()) or (0, line)
         known_by_letter = not isinstance(self.tokenizer.core.model, models.WordLevel)
-        letters = [c for c in dict.fromkeys(word) if known_by_letter and self.losses(c) != Counter()]
+        letters = [
+            c for c in dict.fromkeys(word) if known_by_letter and self.losses(c) != Counter()
+        ]
         what = f"{word[:SHOWN]!r}"
         if 0 < len(letters) < len(set(word)):
             what = f"{' '.join(map(repr, letters[:5]))} of {what}"
@@ -206,7 +212,7 @@ def encode_prompt(
     lost = check.first_lost(prompt.split())
     if lost:
         raise ValueError(
-            f"prompt {prompt[:SHOWN]!r}: the model's tokenizer has no token for {lost[1][:SHOWN]!r}; "
-            "write the prompt without it"
+            f"prompt {prompt[:SHOWN]!r}: the model's tokenizer has no token for "
+            f"{lost[1][:SHOWN]!r}; write the prompt without it"
         )
     return tokenizer.encode(prompt)

@@ -69,8 +69,8 @@ def read_header(
     if not head.startswith(MAGIC):
         older = ", as an index of fairseq's older format does" if head.startswith(OLDER) else ""
         raise ValueError(
-            f"{path}: begins with {head[: len(MAGIC)]!r}{older}; the index of a token file begins with "
-            f"{MAGIC!r}; give the prefix of a token file"
+            f"{path}: begins with {head[: len(MAGIC)]!r}{older}; the index of a token file "
+            f"begins with {MAGIC!r}; give the prefix of a token file"
         )
     if len(head) < HEADER.size:
         expect_bytes(path, HEADER.size, "the numbers at its head")

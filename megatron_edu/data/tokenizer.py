@@ -112,12 +112,12 @@ def check_usable(core: tokenizers.Tokenizer) -> None:
         if isinstance(error, Exception) or not from_library(error):
             return          # a letter that it does not know is no fault of the file
         raise ValueError(
-            f"the library breaks off on a line of text ({str(error)[:SAID]}); a part of the tokenizer has a "
-            "value that it cannot work with; save it anew, or use another"
+            f"the library breaks off on a line of text ({str(error)[:SAID]}); a part of the "
+            "tokenizer has a value that it cannot work with; save it anew, or use another"
         ) from None
 
 # %% ../../nbs/5_data/02_tokenizer.ipynb #170d52ce
-GAPS = 65_536       # ids without a token that any vocabulary may have; larger ones, as many as tokens
+GAPS = 65_536       # ids without a token that any vocabulary may have; larger: as many as tokens
 
 
 def unknown_id(core: tokenizers.Tokenizer) -> int | None:
@@ -161,8 +161,8 @@ class Codec:
             if not from_library(error):
                 raise
             raise NoToken(
-                f"{text[:40]!r} cannot be encoded ({str(error)[:SAID]}); use a tokenizer that knows every "
-                "character, such as a byte-level BPE, or one with an unknown token"
+                f"{text[:40]!r} cannot be encoded ({str(error)[:SAID]}); use a tokenizer that "
+                "knows every character, such as a byte-level BPE, or one with an unknown token"
             ) from None
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -285,8 +285,8 @@ def readable(
         if not from_library(error):
             raise
         raise ValueError(
-            f"{path}: not a tokenizer ({str(error)[:SAID]}); a tokenizer.json as `tokenizers` saves it is "
-            "needed, or the vocabulary files of GPT-2 or BERT; name that file or folder"
+            f"{path}: not a tokenizer ({str(error)[:SAID]}); a tokenizer.json as `tokenizers` "
+            "saves it is needed, or the vocabulary files of GPT-2 or BERT; name that file or folder"
         ) from None
     drop_stored(core, path)
     return core
@@ -309,7 +309,9 @@ def vocabulary_pair(
     usual = [p for name in ("vocab.json", "gpt2-vocab.json") for p in whole if p[0].name == name]
     if found and not whole:
         missing = next(each for each in min(found) if not each.is_file())
-        raise ValueError(f"{path}: {missing.name} must lie beside it; the two files make a tokenizer")
+        raise ValueError(
+            f"{path}: {missing.name} must lie beside it; the two files make a tokenizer"
+        )
     if len(whole) > 1 and not usual:
         files = ", ".join(pair[0].name for pair in whole)
         raise ValueError(f"{path}: holds several tokenizers; name one of the files {files}")

@@ -134,13 +134,16 @@ def load_gpt2(
     check_layers(folder, LAYOUT, stored, "n_layer", config.num_layers)
     table = names(config)
     shapes = {
-        their: weight_shape(own, config)[:: -1 if turn else 1] for own, (their, turn) in table.items()
+        their: weight_shape(own, config)[:: -1 if turn else 1]
+        for own, (their, turn) in table.items()
     }
     found = by_name(LAYOUT, stored)
     check_stored(folder, found, shapes)
     check_surplus(folder, LAYOUT, found, shapes, group)
     theirs = read_stored(folder, found, shapes, group)
-    full = {own: theirs[their].t() if turn else theirs[their] for own, (their, turn) in table.items()}
+    full = {
+        own: theirs[their].t() if turn else theirs[their] for own, (their, turn) in table.items()
+    }
     full["wte.weight"] = pad_vocabulary(full["wte.weight"], config)
     model = GPT2(config, group)
     model.load_state_dict(shard_state_dict(full, model))
