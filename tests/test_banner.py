@@ -31,7 +31,9 @@ def plan(model="tiny", **changes):
     run = {name: changes.pop(name) for name in list(changes) if hasattr(made.run, name)}
     model = {name: changes.pop(name) for name in list(changes) if hasattr(made.model, name)}
     dims = ParallelDims(**changes)
-    return replace(made, run=replace(made.run, **run), model=replace(made.model, **model), parallel=dims)
+    return replace(
+        made, run=replace(made.run, **run), model=replace(made.model, **model), parallel=dims
+    )
 
 
 def told(config, tokens, tokenizer=None, data=(Path("books"),), named=None):
@@ -56,25 +58,37 @@ def test_what_is_held_out(tokens, share, kept, documents):
     assert found["epochs"].startswith(f"about {epochs:.3g} of the text")
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({}, "in micro-batches of 16, 1 of them"),
-    ({"micro_batch": 4}, "in micro-batches of 4, 4 of them"),
-    ({"dp": 2}, "in micro-batches of 8, 1 of them on each of 2 replicas"),
-    ({"dp": 2, "micro_batch": 2, "tp": 2}, "in micro-batches of 2, 4 of them on each of 2 replicas"),
-])
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({}, "in micro-batches of 16, 1 of them"),
+        ({"micro_batch": 4}, "in micro-batches of 4, 4 of them"),
+        ({"dp": 2}, "in micro-batches of 8, 1 of them on each of 2 replicas"),
+        (
+            {"dp": 2, "micro_batch": 2, "tp": 2},
+            "in micro-batches of 2, 4 of them on each of 2 replicas",
+        ),
+    ],
+)
 def test_a_step(tokens, changes, said):
     step = told(plan(max_seq_len=32, **changes), tokens)["step"]
     assert step == f"512 tokens: 16 samples of 32, {said}"
 
 
-@pytest.mark.parametrize("tokenizer, named, said", [
-    (None, None, "none; ids are taken as they are"),
-    (Path("runs/mine/tokenizer.json"), None, "runs/mine/tokenizer.json, this run's own"),
-    (Path("ready/tokenizer.json"), None, "ready/tokenizer.json"),
-    (Path("runs/mine/tokenizer.json"), Path("given.json"), "given.json"),
-])
+@pytest.mark.parametrize(
+    "tokenizer, named, said",
+    [
+        (None, None, "none; ids are taken as they are"),
+        (Path("runs/mine/tokenizer.json"), None, "runs/mine/tokenizer.json, this run's own"),
+        (Path("ready/tokenizer.json"), None, "ready/tokenizer.json"),
+        (Path("runs/mine/tokenizer.json"), Path("given.json"), "given.json"),
+    ],
+)
 def test_the_origin_of_a_tokenizer(tokens, tokenizer, named, said):
-    assert told(plan(), tokens, tokenizer, named=named)["tokenizer"] == f"{said}; the model knows 512 tokens"
+    assert (
+        told(plan(), tokens, tokenizer, named=named)["tokenizer"]
+        == f"{said}; the model knows 512 tokens"
+    )
 
 
 def test_all_sources_are_named(tokens):
@@ -89,10 +103,16 @@ def test_a_warm_up_that_is_not_shorter_than_the_run(tokens, warmup, is_said):
     config = replace(config, optimizer=replace(config.optimizer, warmup_steps=warmup))
     found = told(config, tokens)
     assert ("warm-up" in found) == is_said
-    assert not is_said or "--warmup-steps 3" in found["warm-up"] and f"{warmup:,} steps" in found["warm-up"]
+    assert (
+        not is_said
+        or "--warmup-steps 3" in found["warm-up"]
+        and f"{warmup:,} steps" in found["warm-up"]
+    )
 
 
-@pytest.mark.parametrize("room, said", [(None, "come on top"), (3 << 30, "top; 3.0 GiB are available")])
+@pytest.mark.parametrize(
+    "room, said", [(None, "come on top"), (3 << 30, "top; 3.0 GiB are available")]
+)
 @pytest.mark.parametrize("dp", [1, 2])
 def test_memory(tokens, monkeypatch, room, said, dp):
     monkeypatch.setattr(module, "available_memory", lambda: room)

@@ -23,6 +23,7 @@ GREEN, RED = Report(0, 1e-16, 1e-16, 0), Report(0, 0.2, 0.3, 0.7)
 @pytest.fixture
 def here(cpu_ranks, monkeypatch):
     "Ranks that are there already."
+
     class Kept:
         def __init__(self, size):
             self.world = cpu_ranks(size)
@@ -36,7 +37,9 @@ def here(cpu_ranks, monkeypatch):
     monkeypatch.setattr(breaking, "Ranks", Kept)
 
 
-@pytest.mark.parametrize("name", ["no_f", "row_bias_everywhere", "token_bias_summed", "mean_of_means"])
+@pytest.mark.parametrize(
+    "name", ["no_f", "row_bias_everywhere", "token_bias_summed", "mean_of_means"]
+)
 def test_a_mistake_is_made_and_told(here, capsys, name):
     cli.main(["break", name])
     text, mutant = capsys.readouterr().out, EVERY[name]
@@ -79,8 +82,15 @@ def test_the_list_has_every_name_and_mistake_once(capsys):
     assert max(map(len, lines)) <= 100
 
 
-@pytest.mark.parametrize("name, near", [("no_ff", "no_f"), ("row-bias-everywhere", "row_bias_everywhere"),
-                                        ("sop_summed", None), ("42", None)])
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("no_ff", "no_f"),
+        ("row-bias-everywhere", "row_bias_everywhere"),
+        ("sop_summed", None),
+        ("42", None),
+    ],
+)
 def test_an_unknown_mistake(capsys, name, near):
     with pytest.raises(SystemExit) as end:
         cli.main(["break", name])
@@ -107,12 +117,30 @@ def test_checks_that_tell_no_difference_are_a_verdict(monkeypatch, capsys, right
     assert end.value.code == 3
 
 
-@pytest.mark.parametrize("report, loss, others, said", [
-    (GREEN, 1.0, ("masks",), "loss bit-identical, gradients right, norm right, dropout masks wrong"),
-    (GREEN, 1.0 + 1e-15, (), "loss right, gradients right, norm right"),
-    (Report(0, 0.1, 0, 0), 1.0, (), "loss bit-identical, gradients of sharded parameters wrong, norm right"),
-    (Report(1, 0, 0.1, 1), 2.0, (), "loss wrong, gradients of replicated parameters wrong, norm wrong"),
-])
+@pytest.mark.parametrize(
+    "report, loss, others, said",
+    [
+        (
+            GREEN,
+            1.0,
+            ("masks",),
+            "loss bit-identical, gradients right, norm right, dropout masks wrong",
+        ),
+        (GREEN, 1.0 + 1e-15, (), "loss right, gradients right, norm right"),
+        (
+            Report(0, 0.1, 0, 0),
+            1.0,
+            (),
+            "loss bit-identical, gradients of sharded parameters wrong, norm right",
+        ),
+        (
+            Report(1, 0, 0.1, 1),
+            2.0,
+            (),
+            "loss wrong, gradients of replicated parameters wrong, norm wrong",
+        ),
+    ],
+)
 def test_a_summary(report, loss, others, said):
     assert summary(Verdict(GREEN, 1.0, ()), Verdict(report, loss, others)) == said
 
@@ -138,7 +166,9 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("term, no_color, colored", [("xterm", "", True), ("xterm", "1", False), ("dumb", "", False)])
+@pytest.mark.parametrize(
+    "term, no_color, colored", [("xterm", "", True), ("xterm", "1", False), ("dumb", "", False)]
+)
 def test_colours_are_for_terminals_that_want_them(monkeypatch, term, no_color, colored):
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setenv("TERM", term)

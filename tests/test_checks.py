@@ -24,7 +24,10 @@ OUT = Path("run")
         (lambda: RunConfig("run"), "out='run': must be a path"),
         (lambda: RunConfig(OUT, steps=2.0), "steps=2.0: must be a whole number"),
         (lambda: RunConfig(OUT, steps=True), "steps=True: must be a whole number"),
-        (lambda: RunConfig(OUT, micro_batch="2"), "micro_batch='2': must be a whole number or None"),
+        (
+            lambda: RunConfig(OUT, micro_batch="2"),
+            "micro_batch='2': must be a whole number or None",
+        ),
         (lambda: RunConfig(OUT, validation="0.1"), "validation='0.1': must be a number"),
         (lambda: RunConfig(OUT, compile=1), "compile=1: must be True or False"),
         (lambda: OptimizerConfig(lr=None), "lr=None: must be a number"),
@@ -63,7 +66,7 @@ def test_a_wrong_value_is_a_value_error(make, words):
 
 def test_what_fits_is_taken():
     assert RunConfig(OUT, seed=0, validation=0.5).micro_batch is None
-    assert OptimizerConfig(lr=1, min_lr=0).lr == 1      # a whole number is a number
+    assert OptimizerConfig(lr=1, min_lr=0).lr == 1  # a whole number is a number
     check_seed(2**63 - 1)
 
 

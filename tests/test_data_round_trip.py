@@ -76,7 +76,9 @@ def words_for_gpt2() -> tokenizers.Tokenizer:
 
 def marks_removed() -> tokenizers.Tokenizer:
     "What is lost before the model: the pre-tokenizer takes marks away."
-    pre = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation("removed")])
+    pre = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Punctuation("removed")]
+    )
     trainer = trainers.BpeTrainer(vocab_size=60, **options(initial_alphabet=["!", "Z"]))
     return made(models.BPE(), trainer, pre)
 
@@ -131,7 +133,9 @@ def test_lossy_counts_what_is_lost(make, lost, tmp_path):
     "Z and the mark; or the whole word and the mark, where the tokenizer gives up at a word."
     make().save(str(tmp_path / "tok.json"))
     (tmp_path / "text.txt").write_text("the Zebra ran !")
-    made = prepare_text((tmp_path / "text.txt",), tmp_path / "out", tmp_path / "tok.json", lossy=True)
+    made = prepare_text(
+        (tmp_path / "text.txt",), tmp_path / "out", tmp_path / "tok.json", lossy=True
+    )
     assert made.lines() == [f"{lost} characters of 1 documents have no token and are lost"]
     assert (made.counts.lost, made.counts.holed) == (lost, 1)
     assert TokenFile(tmp_path / "out" / "tokens").num_tokens == made.file.num_tokens > 1
@@ -215,7 +219,9 @@ def test_a_tokenizer_without_a_decoder_is_given_its_own():
 
 def test_a_changed_text_is_said_once(tmp_path):
     bpe_of_letters(normalizer=normalizers.Lowercase()).save(str(tmp_path / "tok.json"))
-    (tmp_path / "a.jsonl").write_text('{"text": "The cat"}\n{"text": "The Dog"}\n{"text": "a\\n man"}')
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "The cat"}\n{"text": "The Dog"}\n{"text": "a\\n man"}'
+    )
     with pytest.warns(UserWarning) as notes:
         prepare((tmp_path / "a.jsonl",), tmp_path / "out", tmp_path / "tok.json")
     said = [str(note.message) for note in notes]
@@ -226,7 +232,9 @@ def test_a_changed_text_is_said_once(tmp_path):
 def test_for_bert_unknown_words_are_counted(tmp_path):
     train_wordpiece([KNOWN], 60).save(tmp_path / "tok.json")
     (tmp_path / "a.txt").write_text("The cat sat. The Zebra 漢 ran to the quiz.")
-    made = prepare_text((tmp_path / "a.txt",), tmp_path / "out", tmp_path / "tok.json", model="bert")
+    made = prepare_text(
+        (tmp_path / "a.txt",), tmp_path / "out", tmp_path / "tok.json", model="bert"
+    )
     assert made.counts.unknown == 5 and made.counts.lost == 0
     said = f"5 of {(n := made.file.num_tokens)} tokens ({5 / n:.2%}) are [UNK], words that"
     assert len(made.lines()) == 1 and made.lines()[0].startswith(said)
@@ -243,7 +251,7 @@ def test_a_prompt_that_cannot_be_expressed_is_refused():
         encode_prompt(letters, "the Ж")
     with pytest.raises(ValueError, match="prompt '.*': .* no token for 'Zebra'"):
         encode_prompt(Tokenizer(words()), "the Zebra")
-    with pytest.raises(ValueError, match="no token for 'KUN'"):     # letters of [UNK]
+    with pytest.raises(ValueError, match="no token for 'KUN'"):  # letters of [UNK]
         encode_prompt(Tokenizer(words_with_unknown()), "the KUN")
     with pytest.raises(ValueError, match="is not UTF-8"):
         encode_prompt(bytes_, "a\udcff")

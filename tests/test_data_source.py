@@ -44,7 +44,9 @@ def test_an_untouched_text_is_not_read(book, recorded, monkeypatch):
     monkeypatch.setattr(source, "sha256", None)
     assert not same_inputs(recorded, book)
     monkeypatch.chdir(book)
-    assert not same_inputs(recorded, ".") and not same_inputs(recorded, ["a.txt", "b.jsonl", "part"])
+    assert not same_inputs(recorded, ".") and not same_inputs(
+        recorded, ["a.txt", "b.jsonl", "part"]
+    )
 
 
 def touched(book):

@@ -16,7 +16,7 @@ from megatron_edu import cli
 from megatron_edu.cli import doctor
 from megatron_edu.cli.doctor import LOOKS, Finding, examine_machine
 
-PATIENCE = 300.0    # seconds: this machine may be busy
+PATIENCE = 300.0  # seconds: this machine may be busy
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +27,7 @@ def patient(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch, cpu_ranks):
     "Ranks that are there already."
+
     class Kept:
         def __init__(self, size, **options):
             self.world = cpu_ranks(size)
@@ -72,18 +73,24 @@ def test_the_ranks_are_real(capsys):
 def fail(error):
     def look():
         raise error
+
     return look
 
 
 @pytest.mark.parametrize("name", LOOKS)
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError(""), SystemExit(4), ImportError("a\nb\nc")])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left"), RuntimeError(""), SystemExit(4), ImportError("a\nb\nc")]
+)
 def test_a_look_that_breaks_costs_its_own_line(capsys, monkeypatch, name, error):
     for each in LOOKS:
         monkeypatch.setitem(LOOKS, each, lambda each=each: [Finding(each, "fine")])
     monkeypatch.setitem(LOOKS, name, fail(error))
     vital = name in ("torch", "ranks")
     found, out = told(capsys, 3 if vital else 0)
-    assert found[name][0] == ("not ok" if vital else "remark") and type(error).__name__ in found[name][1]
+    assert (
+        found[name][0] == ("not ok" if vital else "remark")
+        and type(error).__name__ in found[name][1]
+    )
     assert [state for state, _ in found.values()].count("ok") == len(LOOKS) - 1
     assert ("ranks cannot run here" in out) == vital
 
@@ -96,10 +103,15 @@ def test_a_look_that_hangs_is_named(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "patience", lambda: 0.5)
     found, _ = told(capsys, 3)
     release.set()
-    assert found["ranks"] == ("not ok", found["ranks"][1]) and "no answer within 0.5 s" in found["ranks"][1]
+    assert (
+        found["ranks"] == ("not ok", found["ranks"][1])
+        and "no answer within 0.5 s" in found["ranks"][1]
+    )
 
 
-@pytest.mark.parametrize("load, cores, seconds", [(0.1, 2, 18), (2, 2, 18), (4, 2, 36), (500, 2, 90)])
+@pytest.mark.parametrize(
+    "load, cores, seconds", [(0.1, 2, 18), (2, 2, 18), (4, 2, 36), (500, 2, 90)]
+)
 def test_where_others_work_one_waits_longer(monkeypatch, load, cores, seconds):
     monkeypatch.setattr(doctor, "LIMIT", 18.0)
     monkeypatch.setattr(doctor, "cpu_count", lambda: cores)
@@ -127,7 +139,9 @@ def test_what_is_short_is_remarked_with_a_remedy(monkeypatch):
     assert "unknown" in doctor.look_at_memory()[0].text
 
 
-@pytest.mark.parametrize("there, state", [(["g++", "compiles"], "ok"), (["g++"], "remark"), ([], "remark")])
+@pytest.mark.parametrize(
+    "there, state", [(["g++", "compiles"], "ok"), (["g++"], "remark"), ([], "remark")]
+)
 def test_a_compiler_must_compile(monkeypatch, there, state):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
@@ -164,13 +178,16 @@ def test_gpus_and_nccl(monkeypatch):
         assert found[0].text == "A Card, 80.0 GiB, compute capability 9.0"
 
 
-@pytest.mark.parametrize("sums, rank_state, memory_state", [
-    ([(3.0, 3.0)] * 2, "ok", "ok"),
-    ([(3.0, None)] * 2, "ok", "remark"),
-    ([(3.0, 2.0), (3.0, 3.0)], "ok", "not ok"),
-    ([(3.0, None), (3.0, 3.0)], "ok", "not ok"),
-    ([(2.0, 3.0)] * 2, "not ok", None),
-])
+@pytest.mark.parametrize(
+    "sums, rank_state, memory_state",
+    [
+        ([(3.0, 3.0)] * 2, "ok", "ok"),
+        ([(3.0, None)] * 2, "ok", "remark"),
+        ([(3.0, 2.0), (3.0, 3.0)], "ok", "not ok"),
+        ([(3.0, None), (3.0, 3.0)], "ok", "not ok"),
+        ([(2.0, 3.0)] * 2, "not ok", None),
+    ],
+)
 def test_what_two_ranks_add_up(monkeypatch, sums, rank_state, memory_state):
     class Adding:
         def __init__(self, size, **options):
@@ -196,7 +213,10 @@ def test_nothing_private_is_said(capsys, monkeypatch, tmp_path, quick):
     monkeypatch.setitem(LOOKS, "disk", fail(OSError(13, "Permission denied", str(home / "x"))))
     out = told(capsys)[1]
     assert "home_of_somebody" not in out and "hf_secret" not in out and "'~/x'" in out
-    assert os.uname().nodename not in out.replace(os.uname().release, "") or len(os.uname().nodename) < 4
+    assert (
+        os.uname().nodename not in out.replace(os.uname().release, "")
+        or len(os.uname().nodename) < 4
+    )
 
 
 def test_it_begins_without_torch():

@@ -47,7 +47,7 @@ from megatron_edu.owner import own_run
 from megatron_edu.training.checkpoint import save_checkpoint
 
 TINY = GPT2Config(1, 16, 2, vocab_size=16, max_seq_len=8, vocab_multiple=8, dropout=0.0)
-QUICK = {"touch": 0.2, "silence": 1.0}      # seconds
+QUICK = {"touch": 0.2, "silence": 1.0}  # seconds
 SPACE = namedtuple("Space", "total used free")
 
 
@@ -59,7 +59,13 @@ def picture(folder) -> dict:
         regular = stat.S_ISREG(info.st_mode)
         content = path.read_bytes() if regular else None
         target = os.readlink(path) if path.is_symlink() else None
-        found[path.relative_to(folder)] = info.st_ino, info.st_mode, info.st_mtime_ns, content, target
+        found[path.relative_to(folder)] = (
+            info.st_ino,
+            info.st_mode,
+            info.st_mtime_ns,
+            content,
+            target,
+        )
     return found
 
 
@@ -139,12 +145,15 @@ def a_mark_that_is_a_link(path):
     (path / "tokens.idx").unlink()
 
 
-REFUSED = {         # how the target is made, and what the message says
+REFUSED = {  # how the target is made, and what the message says
     "file": (lambda p: p.write_text("the only copy"), "is a file"),
     "empty file": (lambda p: p.touch(), "is a file"),
     "fifo": (os.mkfifo, "is a named pipe"),
     "socket": (a_socket, "is a socket"),
-    "link to a file": (lambda p: p.symlink_to(p.with_name("x")) or p.with_name("x").touch(), "link"),
+    "link to a file": (
+        lambda p: p.symlink_to(p.with_name("x")) or p.with_name("x").touch(),
+        "link",
+    ),
     "link to nothing": (lambda p: p.symlink_to("nothing"), "is a symbolic link"),
     "link to itself": (lambda p: p.symlink_to(p.name), "is a symbolic link"),
     "link to a folder": (lambda p: p.with_name("d").mkdir() or p.symlink_to("d"), "symbolic link"),
@@ -158,7 +167,11 @@ REFUSED = {         # how the target is made, and what the message says
     "a false mark": (a_mark_that_is_none, "files that are not ours"),
     "a mark that is a link": (a_mark_that_is_a_link, "files that are not ours"),
 }
-OTHERS = {"run": (exported, prepared), "prepared": (run_of, exported), "huggingface": (run_of, prepared)}
+OTHERS = {
+    "run": (exported, prepared),
+    "prepared": (run_of, exported),
+    "huggingface": (run_of, prepared),
+}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -186,7 +199,9 @@ def test_a_folder_of_ours_for_another_verb_is_refused(tmp_path, kind, marked):
         if not marked:
             without_mark(target)
         for overwrite in (False, True):
-            with pytest.raises(ValueError, match=f"{target} is .*{KINDS[kind]} that we wrote; name"):
+            with pytest.raises(
+                ValueError, match=f"{target} is .*{KINDS[kind]} that we wrote; name"
+            ):
                 check_folder(target, kind, overwrite=overwrite)
 
 
@@ -207,7 +222,9 @@ def test_nothing_can_be_made_below_what_is_no_folder(tmp_path):
         for name in ("x", "x/y"):
             path = tmp_path / above / name
             for check in (check_file, lambda p: check_folder(p, "run")):
-                with pytest.raises(ValueError, match=f"{above} is {what}, and no folder can be made"):
+                with pytest.raises(
+                    ValueError, match=f"{above} is {what}, and no folder can be made"
+                ):
                     check(path)
     for name in ("a" * 300, "null\0byte"):
         with pytest.raises(ValueError, match="cannot be looked for .*; name another place"):
@@ -217,7 +234,7 @@ def test_nothing_can_be_made_below_what_is_no_folder(tmp_path):
 def test_absent_and_empty_targets_are_written(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "real").mkdir()
-    (tmp_path / "around").symlink_to("real")        # a link above the target is the user's way
+    (tmp_path / "around").symlink_to("real")  # a link above the target is the user's way
     for name in ("new", "deep/er/new", "empty", "around/new"):
         prepared(tmp_path / name)
         assert kind_in(tmp_path / name) == "prepared"
@@ -272,16 +289,21 @@ CHANGES = {
     "a hidden file added": lambda p: (p / ".notes").touch(),
     "a folder added": lambda p: (p / "backup").mkdir(),
     "a link added": lambda p: (p / "link").symlink_to("/"),
-    "a byte changed": lambda p: (p / "tokens.bin").write_bytes(b"\7" + (p / "tokens.bin").read_bytes()[1:]),
+    "a byte changed": lambda p: (p / "tokens.bin").write_bytes(
+        b"\7" + (p / "tokens.bin").read_bytes()[1:]
+    ),
     "a file grown": lambda p: (p / "tokens.bin").open("ab").write(b"x"),
     "a file removed": lambda p: (p / "tokens.idx").unlink(),
-    "a file that is a link": lambda p: (p / "tokens.idx").rename(p.with_name("i"))
-    and (p / "tokens.idx").symlink_to("../i"),
+    "a file that is a link": lambda p: (
+        (p / "tokens.idx").rename(p.with_name("i")) and (p / "tokens.idx").symlink_to("../i")
+    ),
     "a partial of nobody": lambda p: (p / ".x.01234567.partial").touch(),
 }
 NESTED = {
     "a file added to a checkpoint": lambda p: (p / "step-00000001" / "notes").touch(),
-    "a byte of weights": lambda p: (p / "step-00000002" / "model.safetensors").open("r+b").write(b"\1"),
+    "a byte of weights": lambda p: (
+        (p / "step-00000002" / "model.safetensors").open("r+b").write(b"\1")
+    ),
     "a mark of a checkpoint": lambda p: (p / "step-00000002" / MARK).write_text("{}"),
     "a checkpoint copied": lambda p: shutil.copytree(p / "step-00000001", p / "step-00000009"),
     "a checkpoint removed": lambda p: shutil.rmtree(p / "step-00000001"),
@@ -296,7 +318,9 @@ def test_a_folder_that_was_changed_is_not_replaced(tmp_path, change):
     check_folder(target, kind, overwrite=True)
     (CHANGES | NESTED)[change](target)
     before = picture(tmp_path)
-    with pytest.raises(ValueError, match="not as it was written: .* added, changed or removed since"):
+    with pytest.raises(
+        ValueError, match="not as it was written: .* added, changed or removed since"
+    ):
         check_folder(target, kind, overwrite=True)
     with pytest.raises(ValueError, match="not as it was written"):
         if kind == "run":
@@ -390,7 +414,10 @@ def test_a_failed_writer_removes_what_is_its_own(tmp_path, failure):
         (partial / "sub").mkdir()
         (partial / "sub" / "half").touch()
         raise failure
-    with pytest.raises(failure), written_files(tmp_path / "deep" / "x", tmp_path / "deep" / "y") as some:
+    with (
+        pytest.raises(failure),
+        written_files(tmp_path / "deep" / "x", tmp_path / "deep" / "y") as some,
+    ):
         some[0].touch()
         raise failure
     assert list(tmp_path.iterdir()) == [others]
@@ -523,7 +550,7 @@ def dead_pid():
 def test_a_run_at_work_is_not_entered(tmp_path):
     run = tmp_path / "run"
     with own_run(run, **QUICK) as first:
-        time.sleep(1.5)                         # it touches: no silence
+        time.sleep(1.5)  # it touches: no silence
         with pytest.raises(ValueError, match=f"run at work, of process {os.getpid()}; wait"):
             with own_run(run, **QUICK):
                 pytest.fail("two owners")
@@ -572,16 +599,16 @@ def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path, lock):
 @pytest.mark.parametrize(
     ("fields", "age", "result"),
     [
-        ({"pid": "dead"}, 100, "taken"),                    # the process is gone, and silent
-        ({"pid": "dead"}, 0, "waited"),                     # gone, but is there a copy of it?
-        ({"started": "1"}, 100, "taken"),                   # another process has its pid
-        ({}, 100, "refused"),                               # it is there, stopped perhaps
-        ({"boot_id": "other"}, 0.5, "refused"),             # another machine, heard of
-        ({"boot_id": "other"}, 100, "taken"),               # another machine, silent
+        ({"pid": "dead"}, 100, "taken"),  # the process is gone, and silent
+        ({"pid": "dead"}, 0, "waited"),  # gone, but is there a copy of it?
+        ({"started": "1"}, 100, "taken"),  # another process has its pid
+        ({}, 100, "refused"),  # it is there, stopped perhaps
+        ({"boot_id": "other"}, 0.5, "refused"),  # another machine, heard of
+        ({"boot_id": "other"}, 100, "taken"),  # another machine, silent
         ({"pid_namespace": "other", "pid": "dead"}, 0.5, "refused"),
-        ({"boot_id": None, "pid_namespace": None}, 100, "taken"),       # no /proc
+        ({"boot_id": None, "pid_namespace": None}, 100, "taken"),  # no /proc
         ({"pid": "x"}, 0.5, "refused"),
-        ({"pid": None, "number": 7}, 100, "taken"),         # not a lock that we write
+        ({"pid": None, "number": 7}, 100, "taken"),  # not a lock that we write
     ],
 )
 def test_when_an_owner_counts_as_gone(tmp_path, fields, age, result):
@@ -659,7 +686,12 @@ def test_a_new_owner_removes_the_partial_names_of_the_dead_one_alone(tmp_path):
     dead[0].mkdir()
     (dead[0] / "model.safetensors").touch()
     dead[1].touch()
-    kept = [".x.01234567.partial", ".x.0123456789abcdef-01234567.partial", "notes.partial", ".a.old"]
+    kept = [
+        ".x.01234567.partial",
+        ".x.0123456789abcdef-01234567.partial",
+        "notes.partial",
+        ".a.old",
+    ]
     for name in kept:
         (run / name).touch()
     (run / f".x.{number}.partial").mkdir()
@@ -673,7 +705,7 @@ def test_an_owner_that_lost_its_folder_saves_nothing(tmp_path):
     run = tmp_path / "run"
     with own_run(run, **QUICK) as mine:
         save_checkpoint(run, 1, GPT2(TINY), owner=mine)
-        (run / LOCK).unlink()                       # somebody tidied up
+        (run / LOCK).unlink()  # somebody tidied up
         save_checkpoint(run, 2, GPT2(TINY), owner=mine)
         assert lock_number(run) == mine.number
         other = locked(run)
@@ -681,7 +713,7 @@ def test_an_owner_that_lost_its_folder_saves_nothing(tmp_path):
             save_checkpoint(run, 3, GPT2(TINY), owner=mine)
         os.utime(run / LOCK, (0, 0))
         time.sleep(0.6)
-        assert (run / LOCK).stat().st_mtime == 0    # it does not touch the other's lock
+        assert (run / LOCK).stat().st_mtime == 0  # it does not touch the other's lock
     assert lock_number(run) == other and not (run / "step-00000003").exists()
 
 
@@ -700,13 +732,15 @@ with own_run(run, touch=0.2):
 
 def test_after_a_kill_the_run_goes_on(tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, run], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, run], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "owned\n"
     with pytest.raises(ValueError, match=f"of process {process.pid}; wait"):
         with own_run(run, **QUICK):
             pytest.fail("taken")
     process.send_signal(signal.SIGKILL)
-    while owner._started(process.pid) is not None:      # a zombie counts as gone
+    while owner._started(process.pid) is not None:  # a zombie counts as gone
         time.sleep(0.01)
     said = []
     with own_run(run, touch=0.2, say=said.append):

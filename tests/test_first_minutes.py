@@ -33,8 +33,13 @@ def test_help_and_mistakes_need_no_torch():
     lines = [["--help"], ["--version"], [], ["trian"], ["train", "--preset", "gpt9"]]
     lines += [[verb, "--help"] for verb in VERBS]
     lines += [[verb, "--no-such-option", "3"] for verb in VERBS]
-    lines += [["train", "--model", "bert", "--help"], ["train", "--data", "x", "--out", "y", "--lr", "-1"]]
-    done = subprocess.run([sys.executable, "-c", LIGHT, json.dumps(lines)], capture_output=True, text=True)
+    lines += [
+        ["train", "--model", "bert", "--help"],
+        ["train", "--data", "x", "--out", "y", "--lr", "-1"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, json.dumps(lines)], capture_output=True, text=True
+    )
     found = json.loads(done.stdout)
     assert len(found) == len(lines) + 1 and not any(found.values()), found
 
@@ -75,15 +80,26 @@ def test_there_is_no_option_for_a_pipeline(capsys, words):
 
 def test_the_grid_is_what_the_options_say():
     asked = cli.parse.parse("train", "--data x --out y --tp 4 --dp 2".split())
-    assert (asked.config.parallel.tp, asked.config.parallel.dp, asked.config.parallel.pp) == (4, 2, 1)
+    assert (asked.config.parallel.tp, asked.config.parallel.dp, asked.config.parallel.pp) == (
+        4,
+        2,
+        1,
+    )
     with pytest.raises(ValueError, match="tp"):
         cli.parse.parse("train", "--data x --out y --tp 0".split())
 
 
-@pytest.mark.parametrize("line, warmup", [
-    ("", 40), ("--steps 30", 3), ("--steps=5", 0), ("--steps 30 --warmup-steps 7", 7),
-    ("--model bert --steps 100", 10), ("--preset gpt2-355m --steps 30", 3000),
-])
+@pytest.mark.parametrize(
+    "line, warmup",
+    [
+        ("", 40),
+        ("--steps 30", 3),
+        ("--steps=5", 0),
+        ("--steps 30 --warmup-steps 7", 7),
+        ("--model bert --steps 100", 10),
+        ("--preset gpt2-355m --steps 30", 3000),
+    ],
+)
 def test_the_warm_up_of_a_small_preset_follows_the_steps(line, warmup):
     asked = cli.parse.parse("train", ["--data", "x", "--out", "y", *line.split()])
     assert asked.config.optimizer.warmup_steps == warmup
@@ -115,7 +131,9 @@ def test_no_color_is_for_help_too(monkeypatch, verb, no_color, colored):
 def ready(tmp_path_factory):
     "Text, prepared."
     folder = tmp_path_factory.mktemp("text")
-    (folder / "a.txt").write_text("The cat sat on the mat, and the dog barked at the cat.\n\n" * 600)
+    (folder / "a.txt").write_text(
+        "The cat sat on the mat, and the dog barked at the cat.\n\n" * 600
+    )
     words = "prepare", folder / "a.txt", "--vocab-size", 280, "--out", folder / "ready"
     cli.main([str(word) for word in words])
     return folder / "ready"

@@ -24,8 +24,12 @@ FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SIZES = {
     "gpt2": dict(n_layer=2, n_embd=36, n_head=4, vocab_size=101, n_positions=17),
     "bert": dict(
-        num_hidden_layers=2, hidden_size=36, num_attention_heads=4, intermediate_size=52,
-        vocab_size=101, max_position_embeddings=17,
+        num_hidden_layers=2,
+        hidden_size=36,
+        num_attention_heads=4,
+        intermediate_size=52,
+        vocab_size=101,
+        max_position_embeddings=17,
     ),
 }
 THEIRS = {
@@ -121,7 +125,9 @@ def test_an_output_layer_of_its_own_is_refused_by_name(spoil, kind, small):
         return tensors | {HEADS[kind]: other}
 
     said = refusal(spoil(kind, change))
-    assert HEADS[kind] in said and TABLE[kind] in said and "use a model in which they are tied" in said
+    assert (
+        HEADS[kind] in said and TABLE[kind] in said and "use a model in which they are tied" in said
+    )
 
 
 @both
@@ -134,7 +140,9 @@ def test_a_tied_output_layer_may_be_there_twice(spoil, kind):
 def test_one_tensor_under_two_names_must_be_equal(spoil, kind):
     "With and without the prefix of the trunk."
     name = TABLE[kind].partition(".")[2]
-    again = spoil(kind, lambda tensors: tensors | {name: tensors[TABLE[kind]].clone()}, name="again")
+    again = spoil(
+        kind, lambda tensors: tensors | {name: tensors[TABLE[kind]].clone()}, name="again"
+    )
     silently(again)
     there = spoil(kind, lambda tensors: tensors | {name: tensors[TABLE[kind]] + 1})
     assert f"{name} differs from" in refusal(there) or f"differs from {name}" in refusal(there)
@@ -179,8 +187,13 @@ def test_other_floats_are_read(spoil, kind, dtype):
 @both
 @pytest.mark.parametrize(
     "dtype, name",
-    [(torch.int8, "I8"), (torch.int64, "I64"), (torch.uint8, "U8"), (torch.bool, "BOOL"),
-     (torch.float8_e4m3fn, "F8_E4M3")],
+    [
+        (torch.int8, "I8"),
+        (torch.int64, "I64"),
+        (torch.uint8, "U8"),
+        (torch.bool, "BOOL"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+    ],
 )
 def test_what_are_no_floats_is_refused_by_name(spoil, kind, dtype, name):
     matrix = LAYER[kind] + MATRIX[kind]
@@ -216,8 +229,16 @@ def test_a_tensor_that_is_missing_is_named(spoil, kind):
 
 
 @both
-@pytest.mark.parametrize("head", ["score.weight", "classifier.bias", "qa_outputs.weight",
-                                  "v_head.summary.weight", "multiple_choice_head.summary.bias"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        "score.weight",
+        "classifier.bias",
+        "qa_outputs.weight",
+        "v_head.summary.weight",
+        "multiple_choice_head.summary.bias",
+    ],
+)
 def test_another_head_is_left_out_with_a_warning(spoil, kind, head):
     there = spoil(kind, lambda tensors: tensors | {head: torch.zeros(3, 36)})
     with pytest.warns(UserWarning, match=f"left out, {head} first") as caught:
@@ -248,11 +269,19 @@ WRONG = ["2", 2.0, True, None, [2], {"is": 2}, -2, 0, 2**31, 10**30, float("nan"
 
 
 @pytest.mark.parametrize("value", WRONG, ids=str)
-@pytest.mark.parametrize("kind, field", [
-    ("gpt2", "n_layer"), ("gpt2", "n_embd"), ("gpt2", "vocab_size"), ("gpt2", "n_head"),
-    ("gpt2", "n_positions"), ("bert", "num_hidden_layers"), ("bert", "intermediate_size"),
-    ("bert", "type_vocab_size"),
-])
+@pytest.mark.parametrize(
+    "kind, field",
+    [
+        ("gpt2", "n_layer"),
+        ("gpt2", "n_embd"),
+        ("gpt2", "vocab_size"),
+        ("gpt2", "n_head"),
+        ("gpt2", "n_positions"),
+        ("bert", "num_hidden_layers"),
+        ("bert", "intermediate_size"),
+        ("bert", "type_vocab_size"),
+    ],
+)
 def test_a_size_that_is_none_is_refused_by_name(spoil, kind, field, value):
     said = refusal(spoil(kind, fields={field: value}))
     assert f"config.json: {field} is " in said and "must be a whole number from 1" in said
@@ -264,10 +293,16 @@ def test_a_width_that_is_none_is_refused_by_name(spoil, value):
 
 
 @pytest.mark.parametrize("value", ["0.1", None, True, -0.1, 1.0, 7, float("nan"), float("inf"), []])
-@pytest.mark.parametrize("kind, field", [
-    ("gpt2", "attn_pdrop"), ("gpt2", "layer_norm_epsilon"), ("bert", "hidden_dropout_prob"),
-    ("bert", "layer_norm_eps"), ("bert", "initializer_range"),
-])
+@pytest.mark.parametrize(
+    "kind, field",
+    [
+        ("gpt2", "attn_pdrop"),
+        ("gpt2", "layer_norm_epsilon"),
+        ("bert", "hidden_dropout_prob"),
+        ("bert", "layer_norm_eps"),
+        ("bert", "initializer_range"),
+    ],
+)
 def test_a_number_that_is_none_is_refused_by_name(spoil, kind, field, value):
     if "drop" not in field and value in (1.0, 7):
         return
@@ -275,9 +310,15 @@ def test_a_number_that_is_none_is_refused_by_name(spoil, kind, field, value):
     assert f"{field} is " in said and "must be a number from 0" in said
 
 
-HUGE = [("gpt2", "n_embd", 10**9), ("gpt2", "n_layer", 10**9), ("gpt2", "vocab_size", 10**9),
-        ("gpt2", "n_positions", 2**31 - 1), ("gpt2", "n_inner", 10**9),
-        ("bert", "num_hidden_layers", 2**31 - 1), ("bert", "type_vocab_size", 10**9)]
+HUGE = [
+    ("gpt2", "n_embd", 10**9),
+    ("gpt2", "n_layer", 10**9),
+    ("gpt2", "vocab_size", 10**9),
+    ("gpt2", "n_positions", 2**31 - 1),
+    ("gpt2", "n_inner", 10**9),
+    ("bert", "num_hidden_layers", 2**31 - 1),
+    ("bert", "type_vocab_size", 10**9),
+]
 
 
 @pytest.mark.parametrize("kind, field, value", HUGE)
@@ -296,14 +337,24 @@ def test_more_layers_than_tensors_are_refused_before_they_are_counted(spoil, kin
 
 
 @both
-@pytest.mark.parametrize("text, words", [
-    (b"", "cannot be read"), (b"{", "cannot be read"), (b"[1]", "holds \\[1\\], and no object"),
-    (b'"text"', "no object"), (b"12", "no object"), (b"null", "no object"),
-    (b"\xff\xfe\x00", "cannot be read"), (b"[" * 200_000, "cannot be read"),
-    (b'{"a":' * 100_000, "cannot be read"), (b"1" * 5000, "cannot be read"),
-    (b'{"model_type": ["gpt2"]}', "model_type \\['gpt2'\\]"), (b"{}", "model_type None"),
-    (b'{"model_type": "' + b"x" * 10**6 + b'"}', "model_type 'xxxxxxx"),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (b"", "cannot be read"),
+        (b"{", "cannot be read"),
+        (b"[1]", "holds \\[1\\], and no object"),
+        (b'"text"', "no object"),
+        (b"12", "no object"),
+        (b"null", "no object"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"[" * 200_000, "cannot be read"),
+        (b'{"a":' * 100_000, "cannot be read"),
+        (b"1" * 5000, "cannot be read"),
+        (b'{"model_type": ["gpt2"]}', "model_type \\['gpt2'\\]"),
+        (b"{}", "model_type None"),
+        (b'{"model_type": "' + b"x" * 10**6 + b'"}', "model_type 'xxxxxxx"),
+    ],
+)
 def test_a_configuration_that_is_none_is_refused(spoil, kind, text, words):
     there = spoil(kind)
     (there / "config.json").write_bytes(text)
@@ -327,9 +378,25 @@ def with_index(there, weight_map):
 
 
 @both
-@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/hostname", "sub/part.safetensors",
-                                  "..", ".", "", "a\\b", "x" * 5000, "part-2.safetensors", "nul\0l",
-                                  7, None, ["part-1.safetensors"]], ids=lambda f: repr(f)[:20])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../outside.safetensors",
+        "/etc/hostname",
+        "sub/part.safetensors",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "x" * 5000,
+        "part-2.safetensors",
+        "nul\0l",
+        7,
+        None,
+        ["part-1.safetensors"],
+    ],
+    ids=lambda f: repr(f)[:20],
+)
 def test_an_index_that_leads_elsewhere_is_refused(spoil, kind, file):
     there = spoil(kind)
     shutil.copy(there / FILE, there.parent / "outside.safetensors")
@@ -354,7 +421,10 @@ def test_an_index_decides_between_two_files(spoil, kind):
     "A stale copy of one tensor in the other file does not count."
     there = spoil(kind)
     content = load_file(there / FILE)
-    save_file({TABLE[kind]: content[TABLE[kind]] + 1, "more": torch.zeros(1)}, there / "part-2.safetensors")
+    save_file(
+        {TABLE[kind]: content[TABLE[kind]] + 1, "more": torch.zeros(1)},
+        there / "part-2.safetensors",
+    )
     names = dict.fromkeys(content, "part-1.safetensors") | {"more": "part-2.safetensors"}
     with pytest.warns(UserWarning, match="more first"):
         model = load_huggingface(with_index(there, names))
@@ -374,15 +444,32 @@ def damaged(path, how):
         header[names[0]]["dtype"] = "F33"
     new = json.dumps(header).encode()
     return {
-        "cut": data[:-100], "header cut": data[: 8 + size // 2], "empty": b"", "text": b"hello" * 99,
+        "cut": data[:-100],
+        "header cut": data[: 8 + size // 2],
+        "empty": b"",
+        "text": b"hello" * 99,
         "header too large": struct.pack("<Q", 2**62) + data[8:],
-        "longer": data + b"1234", "no header": struct.pack("<Q", 0),
+        "longer": data + b"1234",
+        "no header": struct.pack("<Q", 0),
     }.get(how, struct.pack("<Q", len(new)) + new + data[8 + size :])
 
 
 @both
-@pytest.mark.parametrize("how", ["cut", "header cut", "empty", "text", "header too large", "longer",
-                                 "no header", "overlap", "shape", "type"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "cut",
+        "header cut",
+        "empty",
+        "text",
+        "header too large",
+        "longer",
+        "no header",
+        "overlap",
+        "shape",
+        "type",
+    ],
+)
 def test_a_damaged_file_is_refused(spoil, kind, how):
     there = spoil(kind)
     (there / FILE).write_bytes(damaged(there / FILE, how))
@@ -390,7 +477,9 @@ def test_a_damaged_file_is_refused(spoil, kind, how):
 
 
 @both
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"]
+)
 def test_pickled_weights_are_named_and_not_opened(spoil, kind, name):
     there = spoil(kind)
     (there / FILE).unlink()
@@ -434,7 +523,11 @@ def split_in_three(folder):
     model = load_huggingface(folder, group, vocab_multiple=3).double().eval()
     with torch.no_grad():
         x = model.hidden_states(torch.arange(12)[None])
-        found = model.logits(x) if not isinstance(model, Bert) else model.logits(model.mlm(x), model.mlm.bias)
+        found = (
+            model.logits(x)
+            if not isinstance(model, Bert)
+            else model.logits(model.mlm(x), model.mlm.bias)
+        )
     return str(caught.value), model.config.padded_vocab_size, found
 
 
@@ -456,8 +549,10 @@ def test_three_ranks_share_rows_rounded_up_to_another_multiple(ranks, tmp_path, 
     torch.testing.assert_close(whole[..., :101], wanted[..., :101], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("value, error", [("3", TypeError), (3.0, TypeError), (True, TypeError),
-                                          (0, ValueError), (-3, ValueError)])
+@pytest.mark.parametrize(
+    "value, error",
+    [("3", TypeError), (3.0, TypeError), (True, TypeError), (0, ValueError), (-3, ValueError)],
+)
 def test_a_multiple_that_is_none(good, value, error):
     with pytest.raises(error, match="vocab_multiple="):
         load_huggingface(good / "gpt2", vocab_multiple=value)

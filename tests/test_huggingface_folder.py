@@ -159,16 +159,18 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, kind):
 def test_a_right_folder_is_compared_and_named(tmp_path, kind):
     model, lines = built(kind), []
     save_huggingface(
-        model, tmp_path / "new", check=lambda partial: lines.append((partial, check_conversion(model, partial)))
+        model,
+        tmp_path / "new",
+        check=lambda partial: lines.append((partial, check_conversion(model, partial))),
     )
-    (partial, line), = lines
+    ((partial, line),) = lines
     assert partial != tmp_path / "new" and not partial.exists() and (tmp_path / "new").is_dir()
     assert line.startswith("compared with transformers: largest difference")
     assert float(line.split()[-3]) < 1e-11
     assert compare_with_transformers(load_huggingface(tmp_path / "new"), tmp_path / "new") < 1e-11
 
 
-WRONG = {   # what is changed a little, in a parameter of the trunk, of the table or of a head
+WRONG = {  # what is changed a little, in a parameter of the trunk, of the table or of a head
     "gpt2": ["blocks.1.attn.proj.weight", "ln_f.bias", "wte.weight", "wpe.weight"],
     "post": ["ln_emb.bias", "mlm.bias", "sop.weight", "pooler.bias", "token_types.weight"],
     "pre": ["ln_f.weight", "mlm.ln.bias", "sop.bias", "blocks.0.mlp.up.bias"],
@@ -180,8 +182,12 @@ def test_another_model_is_refused_and_nothing_is_left(tmp_path, kind, name):
     model, other = built(kind), built(kind)
     with torch.no_grad():
         other.get_parameter(name).view(-1)[5 if "sop" not in name else 1] += 1e-4
-    with pytest.raises(ValueError, match="gives other answers .* by up to .*; nothing was converted"):
-        save_huggingface(other, tmp_path / "new", check=lambda folder: check_conversion(model, folder))
+    with pytest.raises(
+        ValueError, match="gives other answers .* by up to .*; nothing was converted"
+    ):
+        save_huggingface(
+            other, tmp_path / "new", check=lambda folder: check_conversion(model, folder)
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -262,11 +268,18 @@ def fail(tp, device, folder, how):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("how, kind, words", [
-    ("disk", OSError, "No space left"), ("check", ValueError, "other answers"),
-    ("nan", ValueError, "ln_f.bias holds 1 of 36 numbers"), ("taken", ValueError, "not ours"),
-])
-def test_what_fails_on_the_first_rank_is_raised_on_all(ranks, device, tmp_path, tp, how, kind, words):
+@pytest.mark.parametrize(
+    "how, kind, words",
+    [
+        ("disk", OSError, "No space left"),
+        ("check", ValueError, "other answers"),
+        ("nan", ValueError, "ln_f.bias holds 1 of 36 numbers"),
+        ("taken", ValueError, "not ours"),
+    ],
+)
+def test_what_fails_on_the_first_rank_is_raised_on_all(
+    ranks, device, tmp_path, tp, how, kind, words
+):
     folder = tmp_path / "new"
     if how == "taken":
         folder.mkdir()
@@ -306,7 +319,11 @@ def test_a_model_with_more_rows_than_tokens_writes_tokens_alone(folders):
         model.ln_f.weight.zero_()
         model.ln_f.bias.copy_(10 * model.wte.weight[banned[1]])
     prompt = torch.tensor([TOKENIZER.encode("the cat")])
-    for sampling in (SamplingConfig(temperature=0), SamplingConfig(top_k=4), SamplingConfig(top_p=0.9)):
+    for sampling in (
+        SamplingConfig(temperature=0),
+        SamplingConfig(top_k=4),
+        SamplingConfig(top_p=0.9),
+    ):
         free = generate(model, prompt, 12, sampling)
         assert (free[0] == banned[1]).any()
         kept = generate(model, prompt, 12, sampling, banned=banned)
@@ -322,7 +339,7 @@ def fill(tp, device):
     with torch.no_grad():
         for i in silent.tolist():
             if first <= i < first + rows:
-                model.mlm.bias[i - first] = 1e3     # these rows would win
+                model.mlm.bias[i - first] = 1e3  # these rows would win
     return fill_mask(model, PIECES, "the [MASK] sat", PIECES.vocab_size)
 
 

@@ -14,6 +14,7 @@ GIB = 2**30
 @pytest.fixture
 def groups(tmp_path, monkeypatch):
     "Write control groups of a version into a folder, and let `machine` read them."
+
     def make(lines, files):
         own = tmp_path / "own"
         own.write_text("".join(f"{line}\n" for line in lines))
@@ -28,33 +29,48 @@ def groups(tmp_path, monkeypatch):
             monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
         else:
             monkeypatch.setattr(os, "cpu_count", lambda: 64)
+
     return make
 
 
 def test_the_smallest_limit_on_the_way_to_the_root_counts(groups):
-    groups(["0::/jobs/mine"], {
-        "jobs/memory.max": f"{8 * GIB}\n", "jobs/memory.current": f"{3 * GIB}\n",
-        "jobs/mine/memory.max": "max\n", "jobs/mine/memory.current": f"{GIB}\n",
-        "jobs/mine/cpu.max": "350000 100000\n", "jobs/cpu.max": "max 100000\n",
-    })
+    groups(
+        ["0::/jobs/mine"],
+        {
+            "jobs/memory.max": f"{8 * GIB}\n",
+            "jobs/memory.current": f"{3 * GIB}\n",
+            "jobs/mine/memory.max": "max\n",
+            "jobs/mine/memory.current": f"{GIB}\n",
+            "jobs/mine/cpu.max": "350000 100000\n",
+            "jobs/cpu.max": "max 100000\n",
+        },
+    )
     assert machine.available_memory() == 5 * GIB
-    assert machine.cpu_count() == 4     # three and a half
+    assert machine.cpu_count() == 4  # three and a half
 
 
 def test_a_container_sees_its_own_group_as_the_root(groups):
-    files = {"memory.max": str(4 * GIB), "memory.current": str(GIB), "cpu.max": "200000 100000",
-             "memory.stat": f"anon 5\ninactive_file {GIB // 2}\n"}
+    files = {
+        "memory.max": str(4 * GIB),
+        "memory.current": str(GIB),
+        "cpu.max": "200000 100000",
+        "memory.stat": f"anon 5\ninactive_file {GIB // 2}\n",
+    }
     groups(["0::/"], files)
     assert machine.available_memory() == 3 * GIB + GIB // 2
     assert machine.cpu_count() == 2
 
 
 def test_the_first_version_has_a_folder_for_each_kind(groups):
-    groups(["4:memory:/box", "7:cpu,cpuacct:/box", "1:name=systemd:/other"], {
-        "memory/box/memory.limit_in_bytes": str(2 * GIB),
-        "memory/box/memory.usage_in_bytes": str(GIB),
-        "cpu,cpuacct/box/cpu.cfs_quota_us": "100000", "cpu,cpuacct/box/cpu.cfs_period_us": "50000",
-    })
+    groups(
+        ["4:memory:/box", "7:cpu,cpuacct:/box", "1:name=systemd:/other"],
+        {
+            "memory/box/memory.limit_in_bytes": str(2 * GIB),
+            "memory/box/memory.usage_in_bytes": str(GIB),
+            "cpu,cpuacct/box/cpu.cfs_quota_us": "100000",
+            "cpu,cpuacct/box/cpu.cfs_period_us": "50000",
+        },
+    )
     assert machine.available_memory() == GIB
     assert machine.cpu_count() == 2
 
@@ -85,8 +101,13 @@ def test_affinity_counts():
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (3 * GIB, "3.0 GiB"),
-     (2.5 * 2**50, "2,560.0 TiB")],
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1536, "1.5 KiB"),
+        (3 * GIB, "3.0 GiB"),
+        (2.5 * 2**50, "2,560.0 TiB"),
+    ],
 )
 def test_bytes_in_words(count, text):
     assert machine.in_bytes(count) == text
@@ -99,6 +120,8 @@ def test_training_takes_16_bytes_a_parameter_and_replica():
 
 def test_what_cannot_fit_is_refused_with_the_estimate():
     need = training_bytes(PRESETS["gpt2-8.3b"])
-    with pytest.raises(ValueError, match=r"a model: at least 123\.\d GiB .* 8\.0 GiB are .*--force"):
+    with pytest.raises(
+        ValueError, match=r"a model: at least 123\.\d GiB .* 8\.0 GiB are .*--force"
+    ):
         check_memory(need, "a model", room=8 * GIB)
     check_memory(need, "a model", room=need)

@@ -86,7 +86,10 @@ def losses(out) -> list[float]:
 
 
 KINDS = {
-    "model": BertConfig, "run": RunConfig, "optimizer": OptimizerConfig, "parallel": ParallelDims
+    "model": BertConfig,
+    "run": RunConfig,
+    "optimizer": OptimizerConfig,
+    "parallel": ParallelDims,
 }
 
 
@@ -121,18 +124,22 @@ def test_a_run_goes_on_with_batches_of_another_size(tokens, copy, monkeypatch, b
 
 def change(name, **entries):
     "Write other entries into a JSON file; None: leave them out."
+
     def damage(folder):
         found = {**json.loads((folder / name).read_text()), **entries}
         kept = {key: value for key, value in found.items() if value is not None}
         (folder / name).write_text(json.dumps(kept))
+
     return damage
 
 
 def change_in(part, **entries):
     "The same one level down in config.json."
+
     def damage(folder):
         found = json.loads((folder / "config.json").read_text())
         change("config.json", **{part: {**found[part], **entries}})(folder)
+
     return damage
 
 
@@ -142,10 +149,12 @@ def write(name, raw):
 
 def tensors(name, edit):
     "Change the tensors of a file."
+
     def damage(folder):
         found = load_file(folder / name)
         edit(found)
         save_file(found, folder / name)
+
     return damage
 
 
@@ -169,7 +178,8 @@ DAMAGE = {
     "state is zero bytes": (write("state.json", bytes(40)), "state.json"),
     "state is deep": (write("state.json", b"[" * 100_000), "state.json"),
     "state is a folder": (
-        lambda f: ((f / "state.json").unlink(), (f / "state.json").mkdir()), "state.json"
+        lambda f: ((f / "state.json").unlink(), (f / "state.json").mkdir()),
+        "state.json",
     ),
     "no step": (change("state.json", step=None), "names no step"),
     "step is a text": (change("state.json", step="6"), "names no step"),
@@ -211,10 +221,12 @@ DAMAGE = {
     "a weight is missing": (tensors(W, lambda t: t.pop("ln_f.bias")), W),
     "a weight too many": (tensors(W, lambda t: t.update(x=torch.ones(1))), W),
     "a weight of another name": (
-        tensors(W, lambda t: t.update({"ln_f.gain": t.pop("ln_f.bias")})), "ln_f.gain"
+        tensors(W, lambda t: t.update({"ln_f.gain": t.pop("ln_f.bias")})),
+        "ln_f.gain",
     ),
     "a weight of another shape": (
-        tensors(W, lambda t: t.update({"wpe.weight": t["wpe.weight"].T.contiguous()})), "wpe.weight"
+        tensors(W, lambda t: t.update({"wpe.weight": t["wpe.weight"].T.contiguous()})),
+        "wpe.weight",
     ),
     "whole numbers": (tensors(W, lambda t: t.update({"ln_f.bias": t["ln_f.bias"].long()})), "I64"),
     "a weight is NaN": (tensors(W, nan_in("blocks.1.mlp.up.weight")), "blocks.1.mlp.up.weight"),
@@ -270,7 +282,7 @@ def test_nothing_hangs_on_a_pipe(copy, where):
 
 def test_a_given_checkpoint_is_taken_and_nothing_later_is_lost(copy, whole, tokens, capsys):
     run_here(plan(copy, resume=copy / "step-00000003", steps=5, save_every=9), tokens)
-    assert losses(copy) != losses(whole)[:5]        # a shorter run has another schedule
+    assert losses(copy) != losses(whole)[:5]  # a shorter run has another schedule
     names = sorted(path.name for path in copy.glob("step-*"))
     assert names == ["step-00000003", "step-00000005", "step-00000006.aside"]
     assert latest_checkpoint(copy).name == "step-00000005"
@@ -288,8 +300,12 @@ def test_any_other_folder_is_not_gone_on_from(copy, whole, tmp_path, which):
     shutil.copytree(copy / "step-00000003", copy / "step-3")
     shutil.copytree(copy / "step-00000003", copy / "step-00000003.aside")
     folder = {
-        "run": copy, "other": whole / "step-00000003", "name": copy / "step-3",
-        "none": copy / "step-00000004", "aside": copy / "step-00000003.aside", "text": Path("yes"),
+        "run": copy,
+        "other": whole / "step-00000003",
+        "name": copy / "step-3",
+        "none": copy / "step-00000004",
+        "aside": copy / "step-00000003.aside",
+        "text": Path("yes"),
     }[which]
     with pytest.raises(ValueError, match=re.escape(str(folder))):
         choose_checkpoint(copy, folder)
@@ -320,8 +336,13 @@ def test_what_may_change_is_told_with_its_consequence(copy, tokens, capsys):
     said = capsys.readouterr().out.splitlines()
     told = {line.split(":")[0]: line for line in said if " -> " in line}
     assert told.keys() == {
-        "dropout 0.1 -> 0.0", "init_std 0.02 -> 0.5", "steps 6 -> 9", "micro_batch None -> 2",
-        "lr 0.01 -> 0.02", "clip 1.0 -> inf", "learning rate of step 7",
+        "dropout 0.1 -> 0.0",
+        "init_std 0.02 -> 0.5",
+        "steps 6 -> 9",
+        "micro_batch None -> 2",
+        "lr 0.01 -> 0.02",
+        "clip 1.0 -> inf",
+        "learning rate of step 7",
     }
     assert told["learning rate of step 7"].endswith("1.000e-03 -> 4.577e-03")
     text = (copy / "step-00000009" / "config.json").read_text()
@@ -342,7 +363,7 @@ def test_other_tokens_are_refused_and_the_same_are_known_anywhere(copy, tokens, 
     assert noted["prefix"] == str(tmp_path / "moved")
     assert noted["tokens"] == TokenFile(tokens).num_tokens
     raw = bytearray((tmp_path / "moved.bin").read_bytes())
-    raw[2000] ^= 1                          # the same number of tokens, one of them another
+    raw[2000] ^= 1  # the same number of tokens, one of them another
     (tmp_path / "moved.bin").write_bytes(raw)
     with pytest.raises(ValueError, match="not those that"):
         run_here(plan(copy, resume="auto", steps=12), tmp_path / "moved")
@@ -374,7 +395,7 @@ def refuse_on_two(config, prefix, device):
     groups = config.parallel.build(device)
     real = resume.choose_checkpoint
     if dist.get_rank() == 1:
-        resume.choose_checkpoint = None     # called on the first rank alone
+        resume.choose_checkpoint = None  # called on the first rank alone
     try:
         return train(config, TokenFile(prefix), groups, device) and "trained"
     except ValueError as error:
@@ -398,15 +419,26 @@ def test_one_rank_decides_and_all_follow(ranks, device, copy, tokens, grid):
 # Lines of metrics that are none.
 
 LINES = {
-    "zero bytes": bytes(6), "cut": b'{"step": 2, "lo', "a text": b'"step"', "a number": b"2",
-    "a list": b"[1, 2]", "null": b"null", "empty": b"", "not UTF-8": b'{"step": 2, "a": "\xff"}',
-    "no step": b'{"loss": 1.0}', "step 0": b'{"step": 0, "loss": 1.0}',
+    "zero bytes": bytes(6),
+    "cut": b'{"step": 2, "lo',
+    "a text": b'"step"',
+    "a number": b"2",
+    "a list": b"[1, 2]",
+    "null": b"null",
+    "empty": b"",
+    "not UTF-8": b'{"step": 2, "a": "\xff"}',
+    "no step": b'{"loss": 1.0}',
+    "step 0": b'{"step": 0, "loss": 1.0}',
     "a step that is true": b'{"step": true, "loss": 1.0}',
-    "half a step": b'{"step": 2.5, "loss": 1.0}', "NaN": b'{"step": 2, "loss": NaN}',
-    "infinite": b'{"step": 2, "loss": 1e999}', "a loss in words": b'{"step": 2, "loss": "low"}',
+    "half a step": b'{"step": 2.5, "loss": 1.0}',
+    "NaN": b'{"step": 2, "loss": NaN}',
+    "infinite": b'{"step": 2, "loss": 1e999}',
+    "a loss in words": b'{"step": 2, "loss": "low"}',
     "no loss": b'{"step": 2, "loss": null}',
     "too large": b'{"step": 2, "loss": 1%s}' % (b"0" * 400),
-    "deep": b"[" * 100_000, "two objects": b'{"step": 2}{"step": 3}', "a line break": b"\r",
+    "deep": b"[" * 100_000,
+    "two objects": b'{"step": 2}{"step": 3}',
+    "a line break": b"\r",
 }
 
 
@@ -442,8 +474,12 @@ def test_of_two_lines_of_a_step_the_later_counts(tmp_path, capsys):
 @pytest.mark.parametrize(
     "lines",
     [
-        [], [{"step": 1}], [{"step": 3, "val_loss": 2.0}], [{"step": 1, "mlm_loss": 2.0}],
-        [{"step": 1, "loss": 1.0}, {"step": 2, "mlm_loss": 2.0}], [{"step": 1, "loss": -1e300}],
+        [],
+        [{"step": 1}],
+        [{"step": 3, "val_loss": 2.0}],
+        [{"step": 1, "mlm_loss": 2.0}],
+        [{"step": 1, "loss": 1.0}, {"step": 2, "mlm_loss": 2.0}],
+        [{"step": 1, "loss": -1e300}],
     ],
 )
 def test_any_metrics_can_be_drawn(tmp_path, lines):
@@ -675,11 +711,15 @@ def one_more(here):
 
 
 OTHERS = {
-    "edited": (edit, "texts other.txt"), "of the same size": (same_size, "texts other.txt"),
-    "a file more": (one_more, "texts other.txt"), "one less": (lambda h: None, "texts"),
+    "edited": (edit, "texts other.txt"),
+    "of the same size": (same_size, "texts other.txt"),
+    "a file more": (one_more, "texts other.txt"),
+    "one less": (lambda h: None, "texts"),
     "another": (lambda h: None, "fresh/../texts/b.jsonl other.txt"),
-    "another order": (lambda h: None, "other.txt texts"), "absent": (lambda h: None, "no.txt"),
-    "one absent": (lambda h: None, "texts no.txt"), "tokens": (lambda h: None, "ready"),
+    "another order": (lambda h: None, "other.txt texts"),
+    "absent": (lambda h: None, "no.txt"),
+    "one absent": (lambda h: None, "texts no.txt"),
+    "tokens": (lambda h: None, "ready"),
     "a field": (lambda h: None, "texts other.txt --text-field body"),
 }
 
@@ -692,9 +732,9 @@ def test_other_data_is_refused_with_the_remedy(fresh, capsys, kind):
     text = refusal(capsys, f"train --out fresh --resume auto --steps 3 --data {data}")
     assert "--init-from fresh and another --out" in text or "another tokenizer" in text
     assert content(fresh) == kept
-    me("train --out fresh --resume auto --steps 3")     # the one remedy
+    me("train --out fresh --resume auto --steps 3")  # the one remedy
     assert len(losses("fresh")) == 3
-    if kind == "one less":      # the other
+    if kind == "one less":  # the other
         me("train --preset tiny --data texts --init-from fresh --out new --steps 1 --batch-size 4")
         assert len(losses("new")) == 1
 
@@ -799,8 +839,13 @@ def test_a_damaged_checkpoint_stops_no_command(fresh, capsys):
 @pytest.mark.parametrize(
     ("options", "warmup"),
     [
-        ("--steps 50", 5), ("--steps=50", 5), ("--steps 9 --steps 60", 6), ("--steps 3", 0), ("", 40),
-        ("--steps 50 --warmup-steps 7", 7), ("--preset gpt2-124m --steps 50", 3000),
+        ("--steps 50", 5),
+        ("--steps=50", 5),
+        ("--steps 9 --steps 60", 6),
+        ("--steps 3", 0),
+        ("", 40),
+        ("--steps 50 --warmup-steps 7", 7),
+        ("--preset gpt2-124m --steps 50", 3000),
         ("--model bert --steps 50", 5),
     ],
 )
@@ -916,9 +961,12 @@ def test_weights_without_a_tokenizer_need_one(here, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("--hidden-size 64", "--hidden-size 32"), ("--num-heads 4", "--num-heads 2"),
-        ("--max-seq-len 8", "--max-seq-len 16"), ("--vocab-size 400", "--vocab-size 280"),
-        ("--gelu exact", "--gelu tanh"), ("--model bert", "leave --model and --preset out"),
+        ("--hidden-size 64", "--hidden-size 32"),
+        ("--num-heads 4", "--num-heads 2"),
+        ("--max-seq-len 8", "--max-seq-len 16"),
+        ("--vocab-size 400", "--vocab-size 280"),
+        ("--gelu exact", "--gelu tanh"),
+        ("--model bert", "leave --model and --preset out"),
         ("--preset bert-tiny", "leave --model and --preset out"),
         ("--tokenizer fresh.json", "was trained with another tokenizer"),
         ("--data pieces", "pieces"),

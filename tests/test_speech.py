@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from megatron_edu.cli.generate import Speech, read_prompt
 from megatron_edu.data.tokenizer import EOD, Tokenizer, train_tokenizer
 
-BYTES = train_tokenizer(["a"], 257)        # a token a byte
+BYTES = train_tokenizer(["a"], 257)  # a token a byte
 PAIRS = train_tokenizer(["the cat sat, \N{SNOWMAN} said the cat " * 20], 300)
 
 
@@ -26,7 +26,14 @@ def spoken(tokenizer, prompt, ids, capsys):
     return [*parts, parts[-1] + capsys.readouterr().out]
 
 
-TEXTS = "plain", "café", "\N{SNOWMAN}\N{GRINNING FACE}", "mixed \N{GRINNING FACE}, and then", "\ttab \n\n", EOD + "x"
+TEXTS = (
+    "plain",
+    "café",
+    "\N{SNOWMAN}\N{GRINNING FACE}",
+    "mixed \N{GRINNING FACE}, and then",
+    "\ttab \n\n",
+    EOD + "x",
+)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, PAIRS])
@@ -40,9 +47,17 @@ def test_whole_letters_come_as_soon_as_they_are_whole(capsys, tokenizer, text, c
         assert part == tokenizer.decode(ids[: cut + n]).rstrip("\ufffd")
 
 
-@pytest.mark.parametrize("ids", [
-    [256, 0xE2, 0x82], [0xF0, 0x9F, 0x98], [65, 0xFF, 0xFE, 66], [0xE2, 65], [0xC3], [0xC3, 0xC3, 0xA9],
-])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [256, 0xE2, 0x82],
+        [0xF0, 0x9F, 0x98],
+        [65, 0xFF, 0xFE, 66],
+        [0xE2, 65],
+        [0xC3],
+        [0xC3, 0xC3, 0xA9],
+    ],
+)
 def test_bytes_that_never_become_a_letter(capsys, ids):
     order = {b: BYTES.core.token_to_id(c) for b, c in byte_letters().items()} | {256: BYTES.eod_id}
     ids = [order[i] for i in ids]
@@ -56,20 +71,32 @@ def byte_letters():
     frame = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in plain]
-    assert set(frame.alphabet()) == {chr(b) for b in plain} | {chr(256 + n) for n in range(len(others))}
+    assert set(frame.alphabet()) == {chr(b) for b in plain} | {
+        chr(256 + n) for n in range(len(others))
+    }
     return {b: chr(b) for b in plain} | {b: chr(256 + n) for n, b in enumerate(others)}
 
 
 def of_words(decoder):
-    core = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1, "##c": 2, ".": 3, EOD: 4, "▁d": 5}, "a"))
+    core = tokenizers.Tokenizer(
+        models.WordLevel({"a": 0, "b": 1, "##c": 2, ".": 3, EOD: 4, "▁d": 5}, "a")
+    )
     core.decoder = decoder
     return Tokenizer(core)
 
 
-@pytest.mark.parametrize("decoder", [
-    None, decoders.WordPiece(), decoders.Metaspace(), decoders.BPEDecoder("b"),
-    decoders.Strip(" ", 1, 0), decoders.Sequence([decoders.Fuse(), decoders.Replace("b.", "!")]),
-], ids=lambda decoder: type(decoder).__name__)
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        None,
+        decoders.WordPiece(),
+        decoders.Metaspace(),
+        decoders.BPEDecoder("b"),
+        decoders.Strip(" ", 1, 0),
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("b.", "!")]),
+    ],
+    ids=lambda decoder: type(decoder).__name__,
+)
 def test_any_decoder_says_the_same_at_the_end(capsys, decoder):
     tokenizer, ids = of_words(decoder), [0, 1, 3, 2, 5, 0, 1]
     said = spoken(tokenizer, ids[:1], ids[1:], capsys)[-1]
@@ -81,21 +108,31 @@ class Input:
         self.buffer = io.BytesIO(data)
 
 
-@pytest.mark.parametrize("data, text", [
-    (b"Once", "Once"), (b"Once\n", "Once"), (b"Once\n\n", "Once\n"), (b"a\r\nb\r\n", "a\nb"), (b"", ""),
-    ("\ufeffé\n".encode(), "é"),
-])
+@pytest.mark.parametrize(
+    "data, text",
+    [
+        (b"Once", "Once"),
+        (b"Once\n", "Once"),
+        (b"Once\n\n", "Once\n"),
+        (b"a\r\nb\r\n", "a\nb"),
+        (b"", ""),
+        ("\ufeffé\n".encode(), "é"),
+    ],
+)
 def test_standard_input_is_the_prompt(monkeypatch, data, text):
     monkeypatch.setattr(sys, "stdin", Input(data))
     assert read_prompt("-") == text and read_prompt("- ") == "- " and read_prompt("") == ""
 
 
-@pytest.mark.parametrize("stdin, variables, words", [
-    (Input(b"a\xffb"), {}, "byte 0xff at 1 of standard input is not UTF-8"),
-    (Input("é".encode("utf-16")), {}, "is not UTF-8"),
-    (None, {}, "standard input is closed"),
-    (Input(b"a"), {"RANK": "0"}, "ranks of torchrun have no input"),
-])
+@pytest.mark.parametrize(
+    "stdin, variables, words",
+    [
+        (Input(b"a\xffb"), {}, "byte 0xff at 1 of standard input is not UTF-8"),
+        (Input("é".encode("utf-16")), {}, "is not UTF-8"),
+        (None, {}, "standard input is closed"),
+        (Input(b"a"), {"RANK": "0"}, "ranks of torchrun have no input"),
+    ],
+)
 def test_standard_input_that_is_no_prompt(monkeypatch, stdin, variables, words):
     monkeypatch.setattr(sys, "stdin", stdin)
     for name, value in variables.items():

@@ -46,7 +46,11 @@ def watched(clock, numbers, silent=(), states=(), inside=(), first=0, seconds=10
 EVEN = [{WORLD: 9}] * 4
 CASES = {
     "all go on alike": (EVEN, {}, None),
-    "one is behind": ([{WORLD: 9}, {WORLD: 9}, {WORLD: 8}, {WORLD: 9}], {}, "rank 2 has not joined"),
+    "one is behind": (
+        [{WORLD: 9}, {WORLD: 9}, {WORLD: 8}, {WORLD: 9}],
+        {},
+        "rank 2 has not joined",
+    ),
     "the cause of a chain": (
         [
             {LEFT: 5, ACROSS: 3, WORLD: 1},
@@ -122,7 +126,7 @@ def test_a_terminal_that_stopped_all_of_them_accuses_nobody(clock):
         return lookout.look()
 
     assert not any(look((beat, beat)) for beat in range(90))
-    clock.now += 3600       # Ctrl-Z, and an hour later fg; rank 0 is the first to move
+    clock.now += 3600  # Ctrl-Z, and an hour later fg; rank 0 is the first to move
     assert look((90, 89)) is None and look((91, 89)) is None
 
 

@@ -81,9 +81,9 @@ def their_outputs(
     kind = "GPT2LMHeadModel" if config.causal else names[config.layer_norm]
     with quiet(transformers.utils.logging):
         model, report = getattr(transformers, kind).from_pretrained(
-            folder, output_loading_info=True, local_files_only=True
-        )
-    model = model.float().double().eval()       # a model here has float32 weights
+            folder, output_loading_info=True, local_files_only=True, dtype=torch.float32
+        )       # as a model here has its weights, whatever type its config.json names
+    model = model.double().eval()
     if config.causal:
         x = model.transformer(batch["input_ids"]).last_hidden_state
         return {"hidden": x, "lm": model.lm_head(x)}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-SEED = 20261128     # of all cases: the same ones in every run
+SEED = 20261128  # of all cases: the same ones in every run
 
 SIZES = "--num-layers 1 --hidden-size 16 --num-heads 2 --max-seq-len 16 --dropout 0"
 FEW = "--vocab-multiple 4 --batch-size 2 --eval-batches 1 --save-every 1 --steps 2"
@@ -18,7 +18,7 @@ GENERATE = "generate run --tokens 8 --prompt the --temperature 0"
 READ = "convert --format megatron_edu --to out --from"
 WRITE = "convert --format huggingface --to out --from"
 
-CLEAN = {       # lines that go well, whose results are those of accepted cases
+CLEAN = {  # lines that go well, whose results are those of accepted cases
     "prepare": "prepare text.jsonl --vocab-size 300 --out out",
     "prepare bert": "prepare text.jsonl --model bert --vocab-size 200 --out out",
     "prepare lower": "prepare lower.jsonl --tokenizer gpt2/tokenizer.json --out out",
@@ -47,17 +47,17 @@ class Accepted:
     "Exit status 0 with the result of a clean line."
 
     like: str
-    saying: str = ""    # a regular expression: what is remarked beside it
+    saying: str = ""  # a regular expression: what is remarked beside it
 
 
 @dataclass(frozen=True)
 class Case:
     kind: str
     name: str
-    line: tuple[str, ...]                           # words of the command
+    line: tuple[str, ...]  # words of the command
     expected: Refused | Accepted
-    make: Callable[[Path, random.Random], None]     # changes the clean input in a folder
-    needs: tuple[str, ...]                          # what else of the clean input is copied there
+    make: Callable[[Path, random.Random], None]  # changes the clean input in a folder
+    needs: tuple[str, ...]  # what else of the clean input is copied there
 
     @property
     def chance(self) -> random.Random:
@@ -159,7 +159,7 @@ def save_tensors(path: Path, content: dict[str, tuple[str, list[int], bytes]]) -
     write_tensors(path, header, data)
 
 
-NOT_JSON = {        # contents that are no JSON object
+NOT_JSON = {  # contents that are no JSON object
     "empty": b"",
     "null": b"null",
     "list": b"[]",

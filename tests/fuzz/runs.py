@@ -23,7 +23,7 @@ from fuzz.cases import (
 
 KIND = "runs"
 NEWEST = "run/step-00000002"
-SAID = "step-00000002"      # a resumed run names the checkpoint that it passes over
+SAID = "step-00000002"  # a resumed run names the checkpoint that it passes over
 WRITE = "convert --from run --to out"
 
 
@@ -32,16 +32,25 @@ def model(folder):
 
 
 def both(name, make, file, resumed=None):
-    "A damage of a file of the newest checkpoint: `generate` refuses, `--resume auto` passes it over."
+    "A damage of the newest checkpoint: `generate` refuses it, `--resume auto` passes it over."
     file = file.replace(".", r"\.")
     add(KIND, f"{name}: generate", GENERATE, refused(f"{NEWEST}/{file}"), make)
-    add(KIND, f"{name}: resume", RESUME, resumed or Accepted("resume earlier", SAID), make, ["gpt2"])
+    add(
+        KIND, f"{name}: resume", RESUME, resumed or Accepted("resume earlier", SAID), make, ["gpt2"]
+    )
 
 
 for name, content in NOT_JSON.items():
     both(f"{name} for config.json", replace_by(content, NEWEST, "config.json"), "config.json")
     make = replace_by(content, NEWEST, "state.json")
-    add(KIND, f"{name} for state.json: resume", RESUME, Accepted("resume earlier", SAID), make, ["gpt2"])
+    add(
+        KIND,
+        f"{name} for state.json: resume",
+        RESUME,
+        Accepted("resume earlier", SAID),
+        make,
+        ["gpt2"],
+    )
 
 WRONG_SIZES = {
     "num_layers": [0, -1, 2, "1", None, 1.0, True, [1], 10**9, 10**30],
@@ -119,8 +128,12 @@ for file in ("model.safetensors", "optimizer.safetensors"):
     header_edited("a tensor is missing", lambda h, c: h.pop(some(h, c)), file)
     header_edited("a shape is wrong", lambda h, c: h[some(h, c)].update(shape=[3, 5, 7]), file)
     header_edited("a type is none", lambda h, c: h[some(h, c)].update(dtype="F33"), file)
-    header_edited("offsets are negative", lambda h, c: h[some(h, c)].update(data_offsets=[-4, 0]), file)
-    header_edited("offsets are huge", lambda h, c: h[some(h, c)].update(data_offsets=[0, 2**60]), file)
+    header_edited(
+        "offsets are negative", lambda h, c: h[some(h, c)].update(data_offsets=[-4, 0]), file
+    )
+    header_edited(
+        "offsets are huge", lambda h, c: h[some(h, c)].update(data_offsets=[0, 2**60]), file
+    )
     header_edited("a header field is no object", lambda h, c: h.update({some(h, c): 3}), file)
 
 
@@ -135,7 +148,14 @@ def whole(name, change):
 
     for number in range(2):
         both(f"{name} {number + 1}, model", make_model, "model.safetensors")
-    add(KIND, f"{name}, moments: resume", RESUME, Accepted("resume earlier", SAID), make_moments, ["gpt2"])
+    add(
+        KIND,
+        f"{name}, moments: resume",
+        RESUME,
+        Accepted("resume earlier", SAID),
+        make_moments,
+        ["gpt2"],
+    )
     add(KIND, f"{name}, moments: generate", GENERATE, Accepted("generate"), make_moments)
 
 
@@ -242,7 +262,9 @@ def other_tokens(folder, chance):
     path = folder / "gpt2/tokens.bin"
     data = bytearray(path.read_bytes())
     place = 2 * chance.randrange(len(data) // 2)
-    data[place : place + 2] = struct.pack("<H", (struct.unpack_from("<H", data, place)[0] + 1) % 290)
+    data[place : place + 2] = struct.pack(
+        "<H", (struct.unpack_from("<H", data, place)[0] + 1) % 290
+    )
     path.write_bytes(data)
 
 
@@ -251,4 +273,6 @@ add(KIND, "a text", "generate text.txt", refused(r"text\.txt"))
 add(KIND, "prepared tokens", "generate gpt2", refused("gpt2"))
 add(KIND, "a folder of transformers", "generate huggingface", refused("huggingface"))
 add(KIND, "a BERT", "generate run_bert", refused("run_bert|BERT|bert"))
-add(KIND, "a checkpoint by its name", GENERATE.replace(" run ", f" {NEWEST} "), Accepted("generate"))
+add(
+    KIND, "a checkpoint by its name", GENERATE.replace(" run ", f" {NEWEST} "), Accepted("generate")
+)

@@ -23,7 +23,9 @@ def put_line(line: str | bytes):
 
     def make(folder, chance):
         lines = [each.encode() for each in lines_of(folder)]
-        lines.insert(chance.randrange(len(lines)), line if isinstance(line, bytes) else line.encode())
+        lines.insert(
+            chance.randrange(len(lines)), line if isinstance(line, bytes) else line.encode()
+        )
         (folder / "text.jsonl").write_bytes(b"\n".join(lines) + b"\n")
 
     return make
@@ -70,7 +72,9 @@ for name, line in {
 def a_wrong_byte(folder, chance):
     path = folder / "text.txt"
     data = bytearray(path.read_bytes())
-    data.insert(chance.randrange(len(data) + 1), chance.choice([0x80, 0xBF, 0xC0, 0xE9, 0xF8, 0xFF]))
+    data.insert(
+        chance.randrange(len(data) + 1), chance.choice([0x80, 0xBF, 0xC0, 0xE9, 0xF8, 0xFF])
+    )
     path.write_bytes(data)
 
 
@@ -91,7 +95,10 @@ def lines_in_utf_32(folder, chance):
 
 @damage(KIND, LINE, Accepted("prepare"))
 def blank_lines_between(folder, chance):
-    write(folder, [more for line in lines_of(folder) for more in (line, chance.choice(["", "  ", "\t"]))])
+    write(
+        folder,
+        [more for line in lines_of(folder) for more in (line, chance.choice(["", "  ", "\t"]))],
+    )
 
 
 @damage(KIND, LINE, Accepted("prepare"))
@@ -135,16 +142,21 @@ def a_folder_of_text(folder, chance):
     (folder / "texts/readme.md").write_text("not read")
 
 
-@damage(KIND, "prepare part1.jsonl part2.jsonl --vocab-size 300 --out out", Accepted("prepare"),
-        needs=["text.jsonl"])
+@damage(
+    KIND,
+    "prepare part1.jsonl part2.jsonl --vocab-size 300 --out out",
+    Accepted("prepare"),
+    needs=["text.jsonl"],
+)
 def two_files(folder, chance):
     lines, place = lines_of(folder), chance.randrange(1, 39)
     (folder / "part1.jsonl").write_text("\n".join(lines[:place]) + "\n")
     (folder / "part2.jsonl").write_text("\n".join(lines[place:]))
 
 
-@damage(KIND, "prepare link.jsonl --vocab-size 300 --out out", Accepted("prepare"),
-        needs=["text.jsonl"])
+@damage(
+    KIND, "prepare link.jsonl --vocab-size 300 --out out", Accepted("prepare"), needs=["text.jsonl"]
+)
 def a_link_to_it(folder, chance):
     (folder / "link.jsonl").symlink_to("text.jsonl")
 
@@ -162,14 +174,39 @@ for name, content in {"nothing": "", "spaces": "  \n \t\n", "a mark": "\ufeff"}.
     add(KIND, f"{name} in a file", PLAIN, refused(r"text\.txt"), make, ["text.jsonl"])
     add(KIND, f"{name} for a BERT", BERT, refused(r"text\.jsonl"), make)
 add(KIND, "no such file", "prepare nowhere.txt --out out", refused(r"nowhere\.txt"))
-add(KIND, "another ending", "prepare vocab.csv --out out", refused(r"vocab\.csv"),
-    lambda folder, chance: (folder / "vocab.csv").write_text("a,b"))
-add(KIND, "an empty folder", "prepare empty --out out", refused("empty"),
-    lambda folder, chance: (folder / "empty").mkdir())
-add(KIND, "a link to nothing", "prepare link.txt --out out", refused(r"link\.txt"),
-    lambda folder, chance: (folder / "link.txt").symlink_to("nowhere"))
-add(KIND, "a folder named as a file", "prepare folder.txt --out out", refused(r"folder\.txt"),
-    lambda folder, chance: (folder / "folder.txt").mkdir())
-add(KIND, "one document to train on", f"{TRAIN} --data one.txt", refused("one.txt|document"),
-    lambda folder, chance: (folder / "one.txt").write_text("The cat sat on the mat. " * 50))
+add(
+    KIND,
+    "another ending",
+    "prepare vocab.csv --out out",
+    refused(r"vocab\.csv"),
+    lambda folder, chance: (folder / "vocab.csv").write_text("a,b"),
+)
+add(
+    KIND,
+    "an empty folder",
+    "prepare empty --out out",
+    refused("empty"),
+    lambda folder, chance: (folder / "empty").mkdir(),
+)
+add(
+    KIND,
+    "a link to nothing",
+    "prepare link.txt --out out",
+    refused(r"link\.txt"),
+    lambda folder, chance: (folder / "link.txt").symlink_to("nowhere"),
+)
+add(
+    KIND,
+    "a folder named as a file",
+    "prepare folder.txt --out out",
+    refused(r"folder\.txt"),
+    lambda folder, chance: (folder / "folder.txt").mkdir(),
+)
+add(
+    KIND,
+    "one document to train on",
+    f"{TRAIN} --data one.txt",
+    refused("one.txt|document"),
+    lambda folder, chance: (folder / "one.txt").write_text("The cat sat on the mat. " * 50),
+)
 add(KIND, "text and a token file", f"{TRAIN} --data text.jsonl gpt2", refused("gpt2"))

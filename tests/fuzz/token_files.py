@@ -4,8 +4,8 @@ from fuzz.cases import TRAIN, TRAIN_BERT, Accepted, add, cut, damage, extend, fl
 
 KIND = "token files"
 LINE = f"{TRAIN} --data gpt2"
-VERSION, CODE, SEQUENCES, OFFSETS, BODY = 9, 17, 18, 26, 34     # places in tokens.idx
-COUNT = 40                                                      # documents of the clean text
+VERSION, CODE, SEQUENCES, OFFSETS, BODY = 9, 17, 18, 26, 34  # places in tokens.idx
+COUNT = 40  # documents of the clean text
 INDEX, TOKENS = refused(r"tokens\.idx"), refused(r"tokens\.bin")
 
 

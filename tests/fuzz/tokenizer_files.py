@@ -45,7 +45,9 @@ def padding(chance, token: str, number: int) -> dict:
         "strategy": chance.choice(["BatchLongest", {"Fixed": chance.choice([1, 64, 4096])}]),
         "direction": chance.choice(["Left", "Right"]),
         "pad_to_multiple_of": chance.choice([None, 8]),
-        "pad_id": number, "pad_type_id": 0, "pad_token": token,
+        "pad_id": number,
+        "pad_type_id": 0,
+        "pad_token": token,
     }
 
 
@@ -132,7 +134,13 @@ def a_wordpiece_cut_short(folder, chance):
 for name, content in NOT_JSON.items():
     make = replace_by(content, "gpt2/tokenizer.json")
     add(KIND, f"{name} for a BPE", BPE, NAMED, make)
-    add(KIND, f"{name} for a WordPiece", PIECES, NAMED_BERT, replace_by(content, "bert/tokenizer.json"))
+    add(
+        KIND,
+        f"{name} for a WordPiece",
+        PIECES,
+        NAMED_BERT,
+        replace_by(content, "bert/tokenizer.json"),
+    )
 
 
 def set_at(*path):
@@ -147,7 +155,7 @@ def set_at(*path):
     return change
 
 
-WRONG = {       # places of a tokenizer.json and what cannot stand there
+WRONG = {  # places of a tokenizer.json and what cannot stand there
     "version": ["2.0", 7, None],
     "model": [None, 3, "BPE", [], {}, {"type": "Nonsense"}],
     "model.vocab": [None, 3, {}, {"a": -1}, {"a": 2**40}, {"a": "b"}, {"a": 1.5}],
@@ -166,8 +174,13 @@ for place, values in WRONG.items():
         else:
             expected = NAMED
         change = set_at(*place.split("."), value)
-        add(KIND, f"{place} is {json.dumps(value)}", BPE, expected,
-            lambda folder, chance, change=change: edit(gpt2(folder), change) and None)
+        add(
+            KIND,
+            f"{place} is {json.dumps(value)}",
+            BPE,
+            expected,
+            lambda folder, chance, change=change: edit(gpt2(folder), change) and None,
+        )
 
 
 @damage(KIND, BPE, refused(r"gpt2/tokenizer\.json", "endoftext"))
@@ -212,11 +225,18 @@ for mark in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"):
 
 
 add(KIND, "a BERT's for a GPT-2", f"{PREPARE} bert/tokenizer.json", refused("bert/tokenizer"))
-add(KIND, "a GPT-2's for a BERT", f"{PREPARE} gpt2/tokenizer.json --model bert", refused("gpt2/tok"))
+add(
+    KIND, "a GPT-2's for a BERT", f"{PREPARE} gpt2/tokenizer.json --model bert", refused("gpt2/tok")
+)
 add(KIND, "text", f"{PREPARE} text.txt", refused(r"text\.txt"))
 add(KIND, "no such path", f"{PREPARE} nowhere", refused("nowhere"))
-add(KIND, "a folder without one", f"{PREPARE} huggingface/", refused("huggingface"),
-    lambda folder, chance: [p.unlink() for p in (folder / "huggingface").glob("tok*")])
+add(
+    KIND,
+    "a folder without one",
+    f"{PREPARE} huggingface/",
+    refused("huggingface"),
+    lambda folder, chance: [p.unlink() for p in (folder / "huggingface").glob("tok*")],
+)
 add(KIND, "a token file", f"{PREPARE} gpt2/tokens.bin", refused(r"gpt2/tokens\.bin"))
 
 
@@ -234,7 +254,13 @@ def named_gpt2(folder, chance):
         (folder / "pair" / name).rename(folder / "pair" / f"gpt2-{name}")
 
 
-add(KIND, "a pair by other names", f"{PREPARE} pair/gpt2-vocab.json", Accepted("prepare"), named_gpt2)
+add(
+    KIND,
+    "a pair by other names",
+    f"{PREPARE} pair/gpt2-vocab.json",
+    Accepted("prepare"),
+    named_gpt2,
+)
 
 
 @damage(KIND, f"{PREPARE} pair/vocab.json", refused("pair", "merges"))
@@ -256,11 +282,21 @@ def a_line_of_merges_that_is_none(folder, chance):
 
 
 for name in ("zeros", "latin-1", "utf-16", "many digits", "deep"):
-    add(KIND, f"{name} for vocab.json", PAIR, refused("pair"),
-        replace_by(NOT_JSON[name], "pair/vocab.json"))
+    add(
+        KIND,
+        f"{name} for vocab.json",
+        PAIR,
+        refused("pair"),
+        replace_by(NOT_JSON[name], "pair/vocab.json"),
+    )
     if name in ("latin-1", "utf-16", "zeros"):
-        add(KIND, f"{name} for vocab.txt", f"{PREPARE} vocab.txt --model bert",
-            refused(r"vocab\.txt"), replace_by(NOT_JSON[name], "vocab.txt"))
+        add(
+            KIND,
+            f"{name} for vocab.txt",
+            f"{PREPARE} vocab.txt --model bert",
+            refused(r"vocab\.txt"),
+            replace_by(NOT_JSON[name], "vocab.txt"),
+        )
 
 
 # Tokenizers that lose characters
@@ -270,7 +306,9 @@ def odd(folder, chance):
     "One line of several holds what the tokenizer has never seen."
     path = folder / "words.jsonl"
     lines = path.read_text().splitlines()
-    lines[2] = json.dumps({"text": chance.choice(["The cat \u0416.", "\u4e2d\u6587 the cat", "na\u00efve cat"])})
+    lines[2] = json.dumps(
+        {"text": chance.choice(["The cat \u0416.", "\u4e2d\u6587 the cat", "na\u00efve cat"])}
+    )
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -280,7 +318,7 @@ for name in ("no_bytes", "word_level", "unigram"):
 
 
 def surplus(folder, chance):
-    "Characters that no token holds, each a word of its own: without them the text is the clean one."
+    "Characters that no token holds, each a word: without them the text is the clean one."
     path = folder / "words.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines[:5]:
@@ -288,9 +326,13 @@ def surplus(folder, chance):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-add(KIND, "characters that are lost knowingly",
+add(
+    KIND,
+    "characters that are lost knowingly",
     "prepare words.jsonl --lossy --out out --tokenizer no_bytes.json",
-    Accepted("prepare words", "lost|lossy"), surplus)
+    Accepted("prepare words", "lost|lossy"),
+    surplus,
+)
 
 
 @damage(KIND, f"{TRAIN} --data gpt2 --tokenizer other.json", refused(r"other\.json"))
