@@ -9,7 +9,6 @@ __all__ = ['SMALL', 'WIDE', 'OURS', 'SPLIT', 'PLAIN', 'THEIRS', 'THEIRS_FAST', '
 # %% ../../nbs/8_scaling/02_bench.ipynb #a65c9729
 import importlib.util
 import json
-import os
 import platform
 import random
 import statistics
@@ -18,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from ..machine import cpu_count
 from ..config import GPT2Config
 from ..files import check_folder, written_folder
+from ..machine import cpu_count
 from ..ranks import Ranks
 from megatron_edu.scaling.contenders import (
     CONTENDERS,
