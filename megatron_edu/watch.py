@@ -271,14 +271,18 @@ class Late:
         )
 
 
+def _is_stopped(pid: int) -> bool:
+    "Whether the system says that a process is stopped (Linux)."
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:         # gone, or no Linux
+        return False
+
+
 def _condition(place: Place, silent: bool) -> str:
     "What can be said of the process of a rank that is late."
     if silent:
-        try:
-            state = Path(f"/proc/{place.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:             # gone, or no Linux
-            state = "?"
-        if state in "Tt":
+        if _is_stopped(place.pid):
             return "its process is stopped"
         return "its process gives no sign of life"
     if place.state in ("idle", "done"):
@@ -317,8 +321,10 @@ class Lookout:
         places = [p for p in self.board.places() if p.state not in ("absent", "starting")]
         silent, still = set(), set()
         for place in places:
-            if self._unchanged((place.rank, "beat"), place.beat, now) >= limit / 2:
-                silent |= {place.rank} if place.state in ("running", "idle") else set()
+            quiet = self._unchanged((place.rank, "beat"), place.beat, now)
+            if place.state in ("running", "idle") and quiet >= limit / 2:
+                if quiet >= 10 or _is_stopped(place.pid):   # a busy machine may delay a beat
+                    silent.add(place.rank)
             if self._unchanged((place.rank, "groups"), place.groups, now) >= limit:
                 still.add(place.rank)
         late, waiting = _behind(places, self.first)

@@ -9,7 +9,6 @@ __all__ = ['SMALL', 'WIDE', 'OURS', 'SPLIT', 'PLAIN', 'THEIRS', 'THEIRS_FAST', '
 # %% ../../nbs/8_scaling/02_bench.ipynb #a65c9729
 import importlib.util
 import json
-import os
 import platform
 import random
 import statistics
@@ -20,6 +19,7 @@ import torch
 
 from ..config import GPT2Config
 from ..files import check_folder, written_folder
+from ..machine import cpu_count
 from ..ranks import Ranks
 from megatron_edu.scaling.contenders import (
     CONTENDERS,
@@ -130,7 +130,7 @@ def measure(
     seconds: float = 2.0,       # that a contender runs in a round, at least one step
 ) -> Result:
     "Run a case. Each contender is a long-lived world; all cores are shared among its ranks."
-    cores = os.cpu_count() or 1
+    cores = cpu_count()
     worlds = {}
     for name in case.contenders:
         size = CONTENDERS[name][1]
@@ -201,7 +201,7 @@ def machine() -> str:
         names = [x.split(":")[1].strip() for x in text.splitlines() if "model name" in x]
         model = names[0] if names else model
     return (
-        f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"{model}, {cpu_count()} cores, Python {platform.python_version()}, "
         f"torch {torch.__version__}"
     )
 
