@@ -144,7 +144,7 @@ def test_what_is_written_can_be_read(tmp_path, monkeypatch, capsys):
 def test_without_transformers_other_cases_can_be_measured(monkeypatch):
     monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install transformers"):
-        BenchConfig()
+        bench.bench(BenchConfig())
     assert BenchConfig(cases=("fp32-batch-1",)).rounds == 8
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from ..config import ModelConfig
 from ..data.bert import SPECIALS, BertSamples
@@ -71,6 +72,11 @@ def check_plan(config: TrainConfig) -> None:
     if model.num_heads % tp or model.ffn_size % tp:     # the vocabulary is known with the tokens
         check_split(model, tp, trained=False)
     check_sizes(run.batch_size, run.batch_size, run.micro_batch or 1, 0, dp)    # None: its share
+    if run.precision == "tf32" and torch.cuda.device_count() < config.parallel.world_size:
+        raise ValueError(
+            "precision=tf32: matrix products of that kind are made on GPUs, one for each rank, and "
+            "here ranks compute on the CPU; use --precision fp32 or bf16"
+        )
 
 # %% ../../nbs/7_using/02_refusals.ipynb #94527e1f
 @command_words()

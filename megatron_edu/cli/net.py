@@ -69,14 +69,17 @@ def signals_raise() -> Iterator[None]:
             signal.signal(number, handler)
 
 # %% ../../nbs/7_using/08_cli_net.ipynb #9f02f3d1
-def keep_traceback(error: BaseException) -> str:
+def keep_traceback(
+    error: BaseException,
+    trace: str = "",        # of a rank; empty: the exception's own
+) -> str:
     "Write the traceback of an exception, with the command, into a new file; its path."
     with tempfile.NamedTemporaryFile(
         "w", prefix="megatron-edu-", suffix=".txt", delete=False, encoding="utf-8",
         errors="backslashreplace",
     ) as file:
         file.write(f"{sys.argv!r}\n\n")
-        file.write("".join(traceback.format_exception(error)))
+        file.write(trace or "".join(traceback.format_exception(error)))
     return file.name
 
 
@@ -86,12 +89,13 @@ def _ended(verb: str, error: BaseException) -> tuple[int, str]:
         return error.status, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "stopped"
-    text = in_words(error)
+    trace = getattr(error, "trace", "")     # of a rank that failed as nobody foresaw
+    text = None if trace else in_words(error)
     if text is not None:
         return 2, text
     first = (str(error).strip().splitlines() or [""])[0]
     try:
-        where = f"the traceback is in {keep_traceback(error)}"
+        where = f"the traceback is in {keep_traceback(error, trace)}"
     except OSError as reason:
         where = f"the traceback could not be written ({reason})"
     return 1, f"unforeseen {type(error).__name__}: {first}; please report it; {where}"
@@ -111,6 +115,7 @@ def net(verb: str) -> Iterator[None]:
             return
         except BaseException as error:
             status, text = _ended(verb, error)
-        if speaks():
+            aloud = getattr(error, "speaks", speaks())      # after ranks have met, one of them
+        if aloud:
             say(verb, " ".join(text.split("\n")) if status == 2 else text)
         sys.exit(status)

@@ -30,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous as join_store
 
 from ..errors import STOPPING, RankError, Stopped, handled
 from ..failures import in_words
-from ..machine import cpu_count
+from ..machine import cpu_count, under_torchrun
 from ..mesh import ParallelDims, ParallelGroups
 from ..ranks import PEER_LOST, _pickle, _without_main, blocked, join_world, limit_waits
 from ..streams import patient_streams
@@ -423,7 +423,7 @@ def launch(
     here, and more are started on this machine. If one fails, all end: raises `RankError` with the
     first failure. Raises `Stopped` if a signal ended the run, after the step in work and its save.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if under_torchrun():
         return _join_torchrun(fn, dims, args, say)
     backend, reason = choose_backend(dims.world_size)
     if dims.world_size == 1:
