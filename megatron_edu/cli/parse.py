@@ -113,7 +113,9 @@ def check_words(args: list[str]) -> None:
             word.encode()
         except UnicodeEncodeError:
             before = args[place - 1] if place and args[place - 1].startswith("-") else ""
+            prompt = "--prompt" in (before, word.partition("=")[0])
+            other = "pipe the text, as UTF-8, into --prompt -" if prompt else "rename the file"
             raise ValueError(
                 f"{before} {ascii(word)}: bytes that are not UTF-8; set the terminal to UTF-8, or "
-                "give the text in a file".lstrip()
+                f"{other}".lstrip()
             ) from None
