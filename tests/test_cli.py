@@ -880,7 +880,8 @@ def test_generate_refuses(run, tmp_path, capsys):
     assert "holds no tokenizer.json" in refusal(capsys, "generate", tmp_path)
     assert "into --prompt -" in refusal(capsys, "generate", run, "--prompt", "caf\udce9")
     assert "rename the file" in refusal(capsys, "generate", "caf\udce9")
-    assert "tokens=0: must be at least 1" in refusal(capsys, "generate", run, "--tokens", 0)
+    assert "tokens=0: must be a whole" in refusal(capsys, "generate", run, "--tokens", 0)
+    assert "too large" in refusal(capsys, "generate", run, "--tokens", 10**20)     # nothing printed
     assert "top_p=2.0" in refusal(capsys, "generate", run, "--top-p", 2)
     shutil.copy(run / "tokenizer.json", tmp_path)
     assert "config.json cannot be read as a checkpoint" in refusal(capsys, "generate", tmp_path)

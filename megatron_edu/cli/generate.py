@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..checks import check_whole
 from .checks import check_split, run_tokenizer
 from .options import GenerateArguments
 from .paint import silent
@@ -73,8 +74,7 @@ def read_prompt(prompt: str) -> str:
 # %% ../../nbs/7_using/09_cli_generate.ipynb #190a4696
 def run(asked: GenerateArguments) -> None:
     "The verb `generate`."
-    if asked.tokens < 1:
-        raise ValueError(f"tokens={asked.tokens}: must be at least 1")
+    check_whole("tokens", asked.tokens)     # before any text is printed
     if not asked.run.is_dir():
         raise ValueError(f"{asked.run}: no such folder; name the folder of a run")
     path = run_tokenizer(asked.run)
