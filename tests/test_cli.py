@@ -877,6 +877,8 @@ def test_the_tokenizer_of_a_run_is_found_from_within(run, monkeypatch):
 
 def test_generate_refuses(run, tmp_path, capsys):
     assert "absent: no such folder" in refusal(capsys, "generate", tmp_path / "absent")
+    assert "metrics.jsonl: a file" in refusal(capsys, "generate", run / "metrics.jsonl")
+    assert "nearest is --version" in refusal(capsys, "--versoin")
     assert "holds no tokenizer.json" in refusal(capsys, "generate", tmp_path)
     assert "into --prompt -" in refusal(capsys, "generate", run, "--prompt", "caf\udce9")
     assert "rename the file" in refusal(capsys, "generate", "caf\udce9")

@@ -76,7 +76,8 @@ def run(asked: GenerateArguments) -> None:
     "The verb `generate`."
     check_whole("tokens", asked.tokens)     # before any text is printed
     if not asked.run.is_dir():
-        raise ValueError(f"{asked.run}: no such folder; name the folder of a run")
+        what = "a file" if asked.run.exists() else "no such folder"
+        raise ValueError(f"{asked.run}: {what}; name the folder of a run")
     path = run_tokenizer(asked.run)
     if path is None:
         raise ValueError(

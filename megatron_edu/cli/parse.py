@@ -100,7 +100,7 @@ def parse(
 def find_verb(name: str) -> Verb:
     "The verb of that name. Raises `ValueError` with the nearest one."
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, 1)
+        near = difflib.get_close_matches(name, [*VERBS, "--version", "--help"], 1)
         hint = f"; nearest is {near[0]}" if near else ""
         raise ValueError(f"no such verb{hint}; the verbs are {', '.join(VERBS)}")
     return VERBS[name]
