@@ -26,7 +26,7 @@ class RankError(RuntimeError):
         return f"{self.message}\n{self.trace}" if self.trace else self.message
 
 # %% ../nbs/1_ranks/00_errors.ipynb #a4f74357
-class Stopped(Exception):
+class Stopped(BaseException):
     "A signal ended the run early. Has the number of the `signal` and the `status` of a shell."
 
     def __init__(self, signal: int, message: str = ""):

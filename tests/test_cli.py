@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from gpt2_cases import config
+from tokenizers import normalizers
 
 from megatron_edu import cli
 from megatron_edu.cli import checks, options, parse
@@ -756,6 +757,17 @@ def test_prepare_with_a_given_tokenizer(corpus, tmp_path, capsys):
     )
 
 
+def test_prepare_says_once_what_the_tokenizer_changed(corpus, tmp_path, capsys):
+    core = train_tokenizer(["other words"], 260).core
+    core.normalizer = normalizers.Lowercase()
+    core.save(str(tmp_path / "given.json"))
+    (tmp_path / "a.txt").write_text("The Cat sat.")
+    options = ["--tokenizer", str(tmp_path / "given.json"), "--out", str(tmp_path / "out")]
+    cli.main(["prepare", str(tmp_path / "a.txt"), *options])
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("normalizer changed the letters of 1 documents") == 1
+
+
 def test_prepare_refuses_what_holds_no_text(tmp_path, capsys):
     text = refusal(capsys, "prepare", tmp_path / "absent", "--out", tmp_path / "out")
     assert "no such path" in text and not (tmp_path / "out").exists()
@@ -864,8 +876,14 @@ def test_the_tokenizer_of_a_run_is_found_from_within(run, monkeypatch):
 
 
 def test_generate_refuses(run, tmp_path, capsys):
-    assert "holds no tokenizer.json" in refusal(capsys, "generate", tmp_path / "absent")
-    assert "tokens=0: must be at least 1" in refusal(capsys, "generate", run, "--tokens", 0)
+    assert "absent: no such folder" in refusal(capsys, "generate", tmp_path / "absent")
+    assert "metrics.jsonl: a file" in refusal(capsys, "generate", run / "metrics.jsonl")
+    assert "nearest is --version" in refusal(capsys, "--versoin")
+    assert "holds no tokenizer.json" in refusal(capsys, "generate", tmp_path)
+    assert "into --prompt -" in refusal(capsys, "generate", run, "--prompt", "caf\udce9")
+    assert "rename the file" in refusal(capsys, "generate", "caf\udce9")
+    assert "tokens=0: must be a whole" in refusal(capsys, "generate", run, "--tokens", 0)
+    assert "too large" in refusal(capsys, "generate", run, "--tokens", 10**20)     # nothing printed
     assert "top_p=2.0" in refusal(capsys, "generate", run, "--top-p", 2)
     shutil.copy(run / "tokenizer.json", tmp_path)
     assert "config.json cannot be read as a checkpoint" in refusal(capsys, "generate", tmp_path)
@@ -924,6 +942,21 @@ def test_convert_both_ways_with_the_tokenizer(run, tmp_path, capsys):
     assert all(torch.equal(a[name][:280], b[name][:280]) for name in a)
     texts = [written(capsys, folder, "--tokens", 8) for folder in (run, back)]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.usefixtures("no_ranks")
+def test_a_model_without_its_own_tokenizer(run, tmp_path, capsys):
+    there, back = tmp_path / "there", tmp_path / "back"
+    cli.main(f"convert --from {run} --to {there}".split())
+    (there / "tokenizer.json").unlink()
+    cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
+    assert f"{there} holds no tokenizer, and none is written" in capsys.readouterr().err
+    assert "holds no tokenizer.json; put that of its model there" in refusal(capsys, "generate", back)
+    other = train_tokenizer(["a Zebra a Zebra"] * 9, 263)
+    other.core.add_tokens([f"<{n}>" for n in range(30)])
+    other.save(back / "tokenizer.json")
+    text = refusal(capsys, "generate", back, "--prompt", "<29>")
+    assert "the tokenizer of another model" in text and "knows ids up to 279" in text
 
 
 def test_convert_takes_an_older_vocabulary_of_a_gpt2_along(run, tmp_path):

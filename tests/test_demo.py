@@ -199,3 +199,20 @@ def test_a_folder_that_is_none_for_a_demo_is_refused_before_any_light(monkeypatc
 def test_a_demo_takes_at_least_one_step():
     with pytest.raises(ValueError, match="steps=0: must be at least 1"):
         DemoConfig(steps=0)
+
+
+def test_a_run_that_no_demo_wrote_is_kept(tmp_path):
+    from megatron_edu.demo import emptied
+    from megatron_edu.files import note
+    from megatron_edu.owner import own_run
+
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    with own_run(theirs):
+        (theirs / "metrics.jsonl").write_text("{}\n")
+        note(theirs, "metrics.jsonl")
+    with pytest.raises(ValueError, match="holds a run that no demo wrote"), emptied(theirs):
+        pass
+    assert (theirs / "metrics.jsonl").exists()
+    for _ in range(2):      # its own it replaces
+        with emptied(ours):
+            pass

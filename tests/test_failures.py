@@ -1,6 +1,9 @@
 "What is told to the user as one line, and what stays an exception that nobody foresaw."
 
 import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors
@@ -9,6 +12,7 @@ import torch
 from megatron_edu.config import GPT2Config
 from megatron_edu.errors import RankError, Stopped
 from megatron_edu.failures import PACKAGE, in_words, raised_by_us
+from megatron_edu.interop import compare
 
 
 def caught(call, *args):
@@ -92,9 +96,27 @@ def test_another_error_of_a_library_is_not_foreseen(tmp_path):
 
 def test_exceptions_of_a_run_have_their_numbers():
     import pickle
-    import signal
 
     rank = pickle.loads(pickle.dumps(RankError(3, "rank 3 failed: it")))
     assert (rank.rank, str(rank)) == (3, "rank 3 failed: it")
     stop = pickle.loads(pickle.dumps(Stopped(signal.SIGHUP)))
     assert (stop.status, str(stop)) == (129, "stopped by SIGHUP")
+
+
+def test_no_library_takes_a_stop_for_its_own_failure():
+    def backend(graph, inputs):
+        raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped) as caught:
+        torch.compile(torch.sin, backend=backend)(torch.ones(2))
+    assert caught.value.status == 143
+
+
+def test_a_stop_during_the_comparison_of_a_conversion(monkeypatch):
+    def stop(model, folder):
+        raise Stopped(signal.SIGHUP)
+
+    monkeypatch.setattr(compare, "compare_with_transformers", stop)
+    monkeypatch.setattr(compare, "reason_to_skip", lambda config: None)
+    with pytest.raises(Stopped):
+        compare.check_conversion(SimpleNamespace(config=None), Path("anywhere"))

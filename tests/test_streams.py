@@ -54,6 +54,12 @@ def test_a_full_disk_is_not_a_reader_that_left():
     assert status == 1 and "No space left on device" in errors
 
 
+@pytest.mark.parametrize("words", [["nonsense"], ["generate", "absent"], ["presets"]])
+def test_a_refusal_that_cannot_be_said_is_still_a_refusal(words):
+    code = f"from megatron_edu.cli import main\nmain({words!r})\n"
+    assert shell(code, "> /dev/full 2> /dev/full") == (2, "", "")
+
+
 def test_streams_are_put_back():
     before = sys.stdout, sys.stderr
     with patient_streams(), patient_streams():

@@ -6,6 +6,7 @@
 __all__ = ['OLDER', 'WANTED', 'check_source', 'find_tokenizer', 'run', 'to_transformers', 'from_transformers']
 
 # %% ../../nbs/7_using/09_cli_convert.ipynb #3ba04607
+import warnings
 from pathlib import Path
 
 from .checks import run_tokenizer
@@ -69,7 +70,10 @@ def find_tokenizer(
     path = run_tokenizer(source)
     if path is None and (source / OLDER[kind]).is_file():
         path = source
-    return None if path is None else read_tokenizer(path, kind)
+    if path is None:
+        warnings.warn(f"{source} holds no tokenizer, and none is written", stacklevel=2)
+        return None
+    return read_tokenizer(path, kind)
 
 
 def run(asked: ConvertArguments) -> None:

@@ -10,10 +10,9 @@ import sys
 
 from .breaking import TP, examine_on_rank, find_mutant, summary, table
 from .checks import check_plan
-from ..demo import Say, demo, demo_plan, stages
+from ..demo import Say, check_demo, demo, demo_plan, stages
 from ..demo_bert import demo_bert
 from ..failures import raised_by_us
-from ..files import check_folder
 from ..ranks import Ranks
 from ..settings import DemoConfig
 from ..testing import CHECKS
@@ -41,7 +40,7 @@ def show_lights(
 def run(asked: DemoConfig) -> int:      # 3: something differs from the reference, or no check works
     "The verb `demo`."
     check_plan(demo_plan(asked))
-    check_folder(asked.out, "run", overwrite=True)      # an earlier demo, if it was left as it was
+    check_demo(asked.out)
     say = stages()
     try:
         if not show_lights(asked.model, say):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..checks import check_whole
 from .checks import check_split, run_tokenizer
 from .options import GenerateArguments
 from .paint import silent
@@ -73,11 +74,16 @@ def read_prompt(prompt: str) -> str:
 # %% ../../nbs/7_using/09_cli_generate.ipynb #190a4696
 def run(asked: GenerateArguments) -> None:
     "The verb `generate`."
-    if asked.tokens < 1:
-        raise ValueError(f"tokens={asked.tokens}: must be at least 1")
+    check_whole("tokens", asked.tokens)     # before any text is printed
+    if not asked.run.is_dir():
+        what = "a file" if asked.run.exists() else "no such folder"
+        raise ValueError(f"{asked.run}: {what}; name the folder of a run")
     path = run_tokenizer(asked.run)
     if path is None:
-        raise ValueError(f"{asked.run} holds no {TOKENIZER}; name the folder of a run")
+        raise ValueError(
+            f"{asked.run} holds no {TOKENIZER}; put that of its model there, or name the folder of a "
+            "run"
+        )
     folder = latest_checkpoint(asked.run) or asked.run
     config = model_config(folder)
     check_next_token(config)
@@ -86,6 +92,11 @@ def run(asked: GenerateArguments) -> None:
         check_memory(WEIGHTS * config.num_parameters(), f"the model of {folder}")
     tokenizer = load_tokenizer(path)
     ids = encode_prompt(tokenizer, read_prompt(asked.prompt)) or [tokenizer.eod_id]
+    if max(ids) >= config.vocab_size:
+        raise ValueError(
+            f"{path}: gives the prompt the id {max(ids)}, and the model of {folder} knows ids up to "
+            f"{config.vocab_size - 1}; it is the tokenizer of another model: put its own there"
+        )
     stop_id = tokenizer.eod_id if asked.stop else None
     work = folder, path, ids, asked.tokens, asked.sampling, stop_id
     launch(generate_on_rank, ParallelDims(tp=asked.tp), *work, say=silent)

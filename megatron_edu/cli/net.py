@@ -27,8 +27,9 @@ def speaks() -> bool:
 
 
 def say(verb: str, text: str) -> None:
-    "A line about a verb, on standard error."
-    print(f"megatron-edu {verb}: {text}", file=sys.stderr, flush=True)
+    "A line about a verb, on standard error. Where that is full, the status alone tells."
+    with contextlib.suppress(OSError):
+        print(f"megatron-edu {verb}: {text}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

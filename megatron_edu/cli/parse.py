@@ -100,7 +100,7 @@ def parse(
 def find_verb(name: str) -> Verb:
     "The verb of that name. Raises `ValueError` with the nearest one."
     if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, 1)
+        near = difflib.get_close_matches(name, [*VERBS, "--version", "--help"], 1)
         hint = f"; nearest is {near[0]}" if near else ""
         raise ValueError(f"no such verb{hint}; the verbs are {', '.join(VERBS)}")
     return VERBS[name]
@@ -113,7 +113,9 @@ def check_words(args: list[str]) -> None:
             word.encode()
         except UnicodeEncodeError:
             before = args[place - 1] if place and args[place - 1].startswith("-") else ""
+            prompt = "--prompt" in (before, word.partition("=")[0])
+            other = "pipe the text, as UTF-8, into --prompt -" if prompt else "rename the file"
             raise ValueError(
                 f"{before} {ascii(word)}: bytes that are not UTF-8; set the terminal to UTF-8, or "
-                "give the text in a file".lstrip()
+                f"{other}".lstrip()
             ) from None

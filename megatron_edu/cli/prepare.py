@@ -17,11 +17,9 @@ def run(asked: PrepareArguments) -> None:
     made = prepare_folder(asked.inputs, out, *options, asked.lossy, overwrite=asked.overwrite)
     if asked.quiet:
         return
-    for line in made.lines():
+    for line in made.lines():       # what was lost or changed on the way
         say("prepare", line)
     file = made.file
     sentences = f"{len(file):,} sentences, " if asked.model == "bert" else ""
     documents = len(file.document_offsets) - 1
     print(f"{documents:,} documents, {sentences}{file.num_tokens:,} tokens in {out}")
-    for line in made.lines():       # what was lost or changed on the way
-        print(line)

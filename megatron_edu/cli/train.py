@@ -359,7 +359,7 @@ def shared_plan(arguments: TrainArguments) -> Plan:
         plan = make_plan(arguments)
         store.set(key, json.dumps(plan_as_json(plan)))
         return plan
-    except Exception as error:
+    except BaseException as error:
         store.set(key, json.dumps({"failure": str(error)}))
         raise
 

@@ -144,7 +144,7 @@ def json_texts(
             found = names or type(record).__name__
             raise ValueError(
                 f"{where}: no string in field {text_field!r} (found: {found}); each line must "
-                "carry the text there; name the right field with text_field="
+                "carry the text there; name the right field with text_field= (--text-field)"
             )
         if HALF_PAIR.search(text):
             raise ValueError(

@@ -125,7 +125,7 @@ def check_numbers(step: int, numbers: dict[str, float]) -> None:
         if not is_finite(value):
             raise FloatingPointError(
                 f"step {step}: {name} is {value}; lower the learning rate or lengthen the warm-up, "
-                "and go on from the last checkpoint with --resume auto"
+                "and go on from the last checkpoint, if there is one, with --resume auto"
             )
 
 # %% ../../nbs/6_training/08_journal.ipynb #a53e57d9
