@@ -951,7 +951,8 @@ def test_a_model_without_its_own_tokenizer(run, tmp_path, capsys):
     (there / "tokenizer.json").unlink()
     cli.main(f"convert --from {there} --to {back} --format megatron_edu".split())
     assert f"{there} holds no tokenizer, and none is written" in capsys.readouterr().err
-    assert "holds no tokenizer.json; put that of its model there" in refusal(capsys, "generate", back)
+    said = refusal(capsys, "generate", back)
+    assert "holds no tokenizer.json; put that of its model there" in said
     other = train_tokenizer(["a Zebra a Zebra"] * 9, 263)
     other.core.add_tokens([f"<{n}>" for n in range(30)])
     other.save(back / "tokenizer.json")

@@ -81,8 +81,8 @@ def run(asked: GenerateArguments) -> None:
     path = run_tokenizer(asked.run)
     if path is None:
         raise ValueError(
-            f"{asked.run} holds no {TOKENIZER}; put that of its model there, or name the folder of a "
-            "run"
+            f"{asked.run} holds no {TOKENIZER}; put that of its model there, or name the "
+            "folder of a run"
         )
     folder = latest_checkpoint(asked.run) or asked.run
     config = model_config(folder)
@@ -94,8 +94,8 @@ def run(asked: GenerateArguments) -> None:
     ids = encode_prompt(tokenizer, read_prompt(asked.prompt)) or [tokenizer.eod_id]
     if max(ids) >= config.vocab_size:
         raise ValueError(
-            f"{path}: gives the prompt the id {max(ids)}, and the model of {folder} knows ids up to "
-            f"{config.vocab_size - 1}; it is the tokenizer of another model: put its own there"
+            f"{path}: gives the prompt the id {max(ids)}, and the model of {folder} knows ids "
+            f"up to {config.vocab_size - 1}; it is the tokenizer of another model: put its own there"
         )
     stop_id = tokenizer.eod_id if asked.stop else None
     work = folder, path, ids, asked.tokens, asked.sampling, stop_id
