@@ -95,7 +95,8 @@ def run(asked: GenerateArguments) -> None:
     if max(ids) >= config.vocab_size:
         raise ValueError(
             f"{path}: gives the prompt the id {max(ids)}, and the model of {folder} knows ids "
-            f"up to {config.vocab_size - 1}; it is the tokenizer of another model: put its own there"
+            f"up to {config.vocab_size - 1}; it is the tokenizer of another model: put its own "
+            "there"
         )
     stop_id = tokenizer.eod_id if asked.stop else None
     work = folder, path, ids, asked.tokens, asked.sampling, stop_id
