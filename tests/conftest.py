@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    # What runs in the background (`pytest &`, nohup) ignores these, and so would what it starts:
+    # some tests are of them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     config.addinivalue_line("markers", "world(n): the case uses n ranks, with nccl n GPUs")
 
 
