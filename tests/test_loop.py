@@ -23,6 +23,7 @@ from megatron_edu.data.gpt2 import GPT2Samples
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.errors import Stopped
+from megatron_edu.files import MARK, mark_folder
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
 from megatron_edu.models.block import Block
@@ -98,7 +99,7 @@ def test_a_run_writes_one_line_a_step_and_whole_checkpoints(tmp_path, tokens, ca
     assert all(wanted <= line.keys() for line in lines)
     assert [step for step, _ in validation_losses(lines)] == [0, 3, 6]
     assert lines[0]["lr"] == pytest.approx(5e-3) and lines[-1]["lr"] == pytest.approx(1e-3)
-    folders = ["loss.png", "metrics.jsonl", "step-00000003", "step-00000006"]
+    folders = [MARK, "loss.png", "metrics.jsonl", "step-00000003", "step-00000006"]
     assert sorted(path.name for path in tmp_path.iterdir()) == folders
     assert load_state(tmp_path / "step-00000006") == {"step": 6, "consumed": 24}
     config = json.loads((tmp_path / "step-00000006" / "config.json").read_text())
@@ -175,9 +176,13 @@ def test_on_a_terminal_a_bar_goes_on_where_the_run_does(tmp_path, monkeypatch, c
 
 def test_the_picture_shows_the_losses_of_the_metrics(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(
-        "matplotlib.figure.Figure.savefig", lambda figure, path, dpi: drawn.append(figure)
-    )
+
+    def save(figure, path, **options):
+        drawn.append(figure)
+        Path(path).write_bytes(b"picture")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save)
+    mark_folder(tmp_path, "run")
     names = ("mlm_loss", "sop_loss", "mlm_accuracy", "sop_accuracy")
     lines = [
         {"step": 1, "mlm_loss": 5.0, "sop_loss": 0.75, "val_loss": 1.0},
@@ -472,7 +477,7 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, tokens):
         ({"micro_batch": 0}, "micro_batch=0: must be at least 1"),
         ({"log_every": 0}, "log_every=0: must be at least 1"),
         ({"validation": 1.0}, "validation=1.0: must be a share"),
-        ({"seed": -1}, "seed=-1: must be 0 or more"),
+        ({"seed": -1}, "seed=-1: must be from 0 to "),
         ({"micro_batch": 3}, "global_batch 4 does not divide into micro-batches of 3"),
     ],
 )
@@ -492,6 +497,7 @@ def test_pipelines_and_foreign_ids_are_refused(tmp_path, tokens):
 def test_a_full_disk_loses_no_line_of_the_metrics(tmp_path, monkeypatch):
     "Resuming drops lines of steps done anew: what is left is written aside, then renamed."
     lines = [{"step": number, "loss": 1.0} for number in range(1, 5)]
+    mark_folder(tmp_path, "run")
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def full(path, content):
@@ -503,7 +509,8 @@ def test_a_full_disk_loses_no_line_of_the_metrics(tmp_path, monkeypatch):
         patched.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match="No space"):
             journal._keep_lines(tmp_path, 2)
-    assert read_metrics(tmp_path) == lines and len(list(tmp_path.iterdir())) == 1
+    assert read_metrics(tmp_path) == lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARK, "metrics.jsonl"]
     journal._keep_lines(tmp_path, 2)
     assert read_metrics(tmp_path) == lines[:2]
     dropped = (tmp_path / journal.DROPPED).read_text().splitlines()

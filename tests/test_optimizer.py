@@ -247,7 +247,7 @@ def test_numbers_at_the_edge_are_good(changes):
         ("min_lr", 2e-4, "from 0 to lr=0.00015"),
         ("min_lr", math.nan, "from 0 to lr=0.00015"),
         ("warmup_steps", -1, "0 or more"),
-        ("decay", "cosin", "'cosine' (GPT-2) or 'linear' (BERT)"),
+        ("decay", "cosin", "'cosine' or 'linear'"),
         ("weight_decay", -0.01, "0 or more"),
         ("weight_decay", math.nan, "0 or more"),
         ("weight_decay", math.inf, "0 or more"),
