@@ -857,6 +857,7 @@ def test_the_warm_up_of_a_small_preset_follows_the_steps(options, warmup):
 def plan_of(rank, line, monkeypatch, store):
     "What a rank of torchrun is to do."
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "rendezvous", lambda *a, **k: iter([(store, rank, 2)]))
     return train_verb.shared_plan(parse("train", line.split()))
 
