@@ -21,7 +21,7 @@ from .data.corpus import embedded_corpus
 from .data.token_file import TokenFile
 from .data.tokenizer import Tokenizer
 from .data.wordpiece import WordPiece, load_wordpiece
-from .files import check_folder, empty_run, note
+from .files import check_folder, empty_run, lock_number, note
 from .generate import generate
 from .mesh import ParallelDims, ParallelGroups
 from .owner import Owner, own_run
@@ -161,9 +161,11 @@ DEMO = "demo.txt"       # in a folder that a demo wrote: its run may go, another
 
 def check_demo(out: Path) -> None:
     "Raise `ValueError` for a folder with anything but a demo's run, left as it was."
-    check_folder(out, "run", overwrite=True)
+    check_folder(out, "run")
     if out.is_dir() and any(out.iterdir()) and not (out / DEMO).is_file():
         raise ValueError(f"{out} holds a run that no demo wrote, which is kept; name another --out")
+    if lock_number(out) is None:        # of one at work its owner tells
+        check_folder(out, "run", overwrite=True)
 
 
 @contextmanager

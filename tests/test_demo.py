@@ -18,13 +18,16 @@ from megatron_edu.demo import (
     compare_splits,
     demo,
     demo_plan,
+    emptied,
     equivalence_table,
     first_tokens,
     sample,
 )
+from megatron_edu.files import note
 from megatron_edu.generate import SamplingConfig
 from megatron_edu.models.gpt2 import GPT2
 from megatron_edu.mutants import Verdict
+from megatron_edu.owner import own_run
 from megatron_edu.prepare import prepare_documents
 from megatron_edu.testing import Report
 from megatron_edu.training.checkpoint import checkpoint_folder, load_model, save_checkpoint
@@ -202,10 +205,6 @@ def test_a_demo_takes_at_least_one_step():
 
 
 def test_a_run_that_no_demo_wrote_is_kept(tmp_path):
-    from megatron_edu.demo import emptied
-    from megatron_edu.files import note
-    from megatron_edu.owner import own_run
-
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     with own_run(theirs):
         (theirs / "metrics.jsonl").write_text("{}\n")
@@ -216,3 +215,12 @@ def test_a_run_that_no_demo_wrote_is_kept(tmp_path):
     for _ in range(2):      # its own it replaces
         with emptied(ours):
             pass
+
+
+def test_a_demo_at_work_is_not_taken_for_a_changed_folder(tmp_path):
+    out = tmp_path / "demo"
+    with emptied(out):
+        (out / "metrics.jsonl").write_text("a line of the demo at work\n")
+        with pytest.raises(ValueError, match="folder of a run at work"), emptied(out):
+            pass
+        assert (out / "metrics.jsonl").exists()
