@@ -452,6 +452,19 @@ def test_the_name_of_a_file_is_on_disk_when_it_is_given(tmp_path, monkeypatch):
     assert synced == [(tmp_path / "x").stat().st_ino, tmp_path.stat().st_ino]
 
 
+def test_the_name_of_a_folder_is_on_disk_when_it_is_given(tmp_path, monkeypatch):
+    out, synced = tmp_path / "out", []
+
+    def fsync(number):
+        synced.append((os.fstat(number).st_ino, out.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with written_folder(out, "prepared") as partial:
+        (partial / "x").touch()
+    assert synced[-1] == (tmp_path.stat().st_ino, True)     # after the name was given
+    assert ((out / "x").stat().st_ino, False) in synced and (out.stat().st_ino, False) in synced
+
+
 def test_a_file_that_is_taken_meanwhile_is_kept(tmp_path):
     with pytest.raises(ValueError, match="is a file already"):
         with written_files(tmp_path / "x") as (partial,):
