@@ -473,6 +473,16 @@ def test_a_file_that_is_taken_meanwhile_is_kept(tmp_path):
     assert (tmp_path / "x").read_text() == "mine" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_mark_does_not_name_what_failed(tmp_path):
+    run = run_of(tmp_path / "run")
+    before = read_mark(run)
+    with pytest.raises(ValueError, match="is a file already"):
+        with written_files(run / "new") as (partial,):
+            partial.write_text("ours")
+            (run / "new").write_text("mine")
+    assert read_mark(run) == before
+
+
 def test_only_files_of_a_run_are_renewed(tmp_path):
     run = run_of(tmp_path / "run")
     with written_files(run / "metrics.jsonl", replace=True) as (partial,):
