@@ -425,3 +425,10 @@ def test_no_documents_are_refused_and_leave_nothing(tmp_path):
     with pytest.raises(ValueError, match="no documents to write"):
         tokenize_to_file([], tokenizer, tmp_path / "deep" / "x")
     assert files_in(tmp_path) == {}
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx"])
+def test_a_taken_name_is_refused_before_any_token(tmp_path, ending):
+    (tmp_path / f"x.{ending}").write_text("mine")
+    with pytest.raises(ValueError, match=f"x.{ending} is a file already"):
+        TokenFileWriter(tmp_path / "x", 100)
