@@ -130,7 +130,7 @@ def test_standard_input_is_the_prompt(monkeypatch, data, text):
         (Input(b"a\xffb"), {}, "byte 0xff at 1 of standard input is not UTF-8"),
         (Input("é".encode("utf-16")), {}, "is not UTF-8"),
         (None, {}, "standard input is closed"),
-        (Input(b"a"), {"RANK": "0"}, "ranks of torchrun have no input"),
+        (Input(b"a"), {"RANK": "0", "WORLD_SIZE": "2"}, "ranks of torchrun have no input"),
     ],
 )
 def test_standard_input_that_is_no_prompt(monkeypatch, stdin, variables, words):
