@@ -10,9 +10,9 @@ from megatron_edu import cli
 from megatron_edu.cli import breaking
 from megatron_edu.cli.breaking import examine_on_rank, find_mutant, listing, summary, table
 from megatron_edu.cli.paint import paint
-from megatron_edu.mutants import LESSONS, Mutant, Verdict
-from megatron_edu.mutants_bert import BERT_MUTANTS
-from megatron_edu.mutants_gpt2 import MUTANTS
+from megatron_edu.course.mutants import LESSONS, Mutant, Verdict
+from megatron_edu.course.mutants_bert import BERT_MUTANTS
+from megatron_edu.course.mutants_gpt2 import MUTANTS
 from megatron_edu.testing import Report
 
 EVERY = MUTANTS | BERT_MUTANTS

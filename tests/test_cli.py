@@ -34,7 +34,7 @@ from megatron_edu.failures import PACKAGE
 from megatron_edu.files import mark_folder
 from megatron_edu.models.bert import Bert
 from megatron_edu.files import MARK
-from megatron_edu.prepare import prepare, prepare_documents
+from megatron_edu.data.prepare import prepare, prepare_documents
 from megatron_edu.ranks import RankError
 from megatron_edu.training.checkpoint import (
     latest_checkpoint,

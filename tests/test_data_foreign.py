@@ -17,7 +17,7 @@ from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import tokenize_to_file
 from megatron_edu.data.tokenizer import Codec, Tokenizer, load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import SPECIAL, WordPiece, load_wordpiece, train_wordpiece
-from megatron_edu.prepare import prepare, read_tokenizer
+from megatron_edu.data.prepare import prepare, read_tokenizer
 
 TEXT = "the cat sat on the mat and the dog ran to the barn of the old man. " * 4
 

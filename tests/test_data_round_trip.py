@@ -10,7 +10,7 @@ from megatron_edu.data.round_trip import Counts, RoundTrip, encode_prompt
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import train_wordpiece
-from megatron_edu.prepare import prepare, prepare_text
+from megatron_edu.data.prepare import prepare, prepare_text
 
 KNOWN = "the cat sat on the mat and the dog ran to the barn of the old man"
 EOD = "</s>"

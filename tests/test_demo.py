@@ -7,29 +7,26 @@ import pytest
 import torch
 from gpt2_cases import config
 
-import megatron_edu.demo
+import megatron_edu.demo.gpt2
 from megatron_edu.cli import demo as verb
 from megatron_edu.data.tokenizer import train_tokenizer
-from megatron_edu.demo import (
+from megatron_edu.demo.gpt2 import (
     PROMPTS,
     DemoConfig,
-    Row,
-    compare_split,
-    compare_splits,
     demo,
     demo_plan,
     emptied,
-    equivalence_table,
     first_tokens,
     sample,
 )
 from megatron_edu.files import note
 from megatron_edu.generate import SamplingConfig
 from megatron_edu.models.gpt2 import GPT2
-from megatron_edu.mutants import Verdict
+from megatron_edu.course.mutants import Verdict
 from megatron_edu.owner import own_run
-from megatron_edu.prepare import prepare_documents
+from megatron_edu.data.prepare import prepare_documents
 from megatron_edu.testing import Report
+from megatron_edu.verify import Row, compare_split, compare_splits, equivalence_table
 from megatron_edu.training.checkpoint import checkpoint_folder, load_model, save_checkpoint
 from megatron_edu.training.journal import read_metrics, validation_losses
 
@@ -106,10 +103,11 @@ def test_the_plan_follows_the_options(tmp_path):
 def small(monkeypatch):
     "The demo on little text with a small model."
     model = config(vocab_size=270, max_seq_len=64, num_layers=1)
-    plan = megatron_edu.demo.demo_plan
+    plan = megatron_edu.demo.gpt2.demo_plan
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(megatron_edu.demo, "embedded_corpus", lambda: iter(TEXT * 20))
-    monkeypatch.setattr(megatron_edu.demo, "demo_plan", lambda c: replace(plan(c), model=model))
+    monkeypatch.setattr(megatron_edu.demo.gpt2, "embedded_corpus", lambda: iter(TEXT * 20))
+    module = megatron_edu.demo.gpt2
+    monkeypatch.setattr(module, "demo_plan", lambda asked: replace(plan(asked), model=model))
 
 
 @pytest.mark.usefixtures("small")
@@ -131,14 +129,14 @@ def test_the_whole_of_it(tmp_path, capsys):
 def test_a_split_that_differs_is_an_error(tmp_path, monkeypatch):
     good, bad = Report(0, 0, 0, 0), Report(0, 0, 1e-3, 0)
     rows = [Row(1, 1.0, 1.0, good), Row(2, 1.0, 1.0, bad)]
-    monkeypatch.setattr(megatron_edu.demo, "compare_splits", lambda *args: rows)
+    monkeypatch.setattr(megatron_edu.demo.gpt2, "compare_splits", lambda *args: rows)
     with pytest.raises(AssertionError, match="tp=2 differs from the reference"):
         demo(DemoConfig(tmp_path, steps=1, tp=1))
 
 
 @pytest.mark.usefixtures("small")
 def test_a_second_demo_takes_the_place_of_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(megatron_edu.demo, "compare_splits", lambda *args: [])
+    monkeypatch.setattr(megatron_edu.demo.gpt2, "compare_splits", lambda *args: [])
     out = tmp_path / "run"
     for steps in (2, 1):
         demo(DemoConfig(out, steps=steps, tp=1))

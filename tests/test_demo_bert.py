@@ -6,25 +6,25 @@ import pytest
 import torch
 from bert_cases import config
 
-import megatron_edu.demo
+import megatron_edu.demo.gpt2
 from megatron_edu.comm import Ledger
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.wordpiece import train_wordpiece
-from megatron_edu.demo import DemoConfig, compare_split, equivalence_table, quick_recipe
-from megatron_edu.demo_bert import (
+from megatron_edu.demo.gpt2 import DemoConfig, quick_recipe
+from megatron_edu.demo.bert import (
     BERT_DEMO,
     demo_bert,
-    fill_mask,
     filled,
     first_samples,
-    likeliest,
     riddles,
 )
+from megatron_edu.generate import fill_mask, likeliest
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models.bert import Bert
-from megatron_edu.prepare import prepare_documents
+from megatron_edu.data.prepare import prepare_documents
 from megatron_edu.training.checkpoint import checkpoint_folder, load_model, save_checkpoint
 from megatron_edu.training.journal import read_metrics
+from megatron_edu.verify import compare_split, equivalence_table
 
 PLAIN = "the small cat sat on the mat and looked at the moon. "
 TEXT = [PLAIN * 4 + "a dog barks! the cat runs. what a long elephant that is! " * 4] * 3
@@ -212,7 +212,7 @@ def test_a_split_agrees_with_the_reference(cpu_ranks, made, tp):
 
 
 def test_the_plan_is_berts(tmp_path):
-    plan = megatron_edu.demo.demo_plan(replace(BERT_DEMO, out=tmp_path))
+    plan = megatron_edu.demo.gpt2.demo_plan(replace(BERT_DEMO, out=tmp_path))
     assert plan.optimizer.decay == "linear" and plan.optimizer.min_lr == 0
     assert plan.optimizer.warmup_steps == plan.run.steps // 10 and plan.parallel.tp == 2
     assert plan.model.layer_norm == "pre" and plan.run.save_every == plan.run.steps
@@ -223,13 +223,13 @@ def test_the_plan_is_berts(tmp_path):
 
 def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
     model = config(vocab_size=90, max_seq_len=64, num_layers=1)
-    plan = megatron_edu.demo.demo_plan
+    plan = megatron_edu.demo.gpt2.demo_plan
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     held_out = TEXT[0].replace("moon", "mat").replace("on the mat", "on the moon")
     corpus = [*TEXT * 6, *TEXT[:2], held_out]
-    monkeypatch.setattr(megatron_edu.demo, "embedded_corpus", lambda: iter(corpus))
+    monkeypatch.setattr(megatron_edu.demo.gpt2, "embedded_corpus", lambda: iter(corpus))
     monkeypatch.setattr(
-        "megatron_edu.demo_bert.demo_plan", lambda c: replace(plan(c), model=model)
+        "megatron_edu.demo.bert.demo_plan", lambda c: replace(plan(c), model=model)
     )
     rows = demo_bert(DemoConfig(tmp_path, steps=8, tp=1, model="bert"))
     assert [row.tp for row in rows] == [1, 2, 4] and all(row.report.passed for row in rows)

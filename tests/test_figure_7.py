@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_edu.training.figure_7 import (
+from megatron_edu.course.figure_7 import (
     CASES,
     ExperimentConfig,
     Case,
@@ -12,14 +12,14 @@ from megatron_edu.training.figure_7 import (
     main,
     save_runs,
 )
-from megatron_edu.training.layer_norm import block_norms, byte_ids, make_bert, training
+from megatron_edu.course.layer_norm import block_norms, byte_ids, make_bert, training
 
 ORDERS = ("post", "pre")
 
 
 def test_the_command_writes_what_is_read_again(tmp_path, monkeypatch):
     documents = ["some text of sixteen words " * 9]
-    monkeypatch.setattr("megatron_edu.training.figure_7.embedded_corpus", lambda: documents)
+    monkeypatch.setattr("megatron_edu.course.figure_7.embedded_corpus", lambda: documents)
     monkeypatch.setitem(CASES, "12 layers", Case(3, warmup=4, peak=2e-3, scaled=False))
     main(["--out", str(tmp_path), "--steps", "12", "--seeds", "4", "5", "--cases", "12 layers"])
     facts, runs = load_runs(tmp_path / "figure_7.json")
@@ -41,7 +41,7 @@ def test_the_command_writes_what_is_read_again(tmp_path, monkeypatch):
 
 
 def test_cases_beside_the_experiment_take_the_first_seed(tmp_path, monkeypatch):
-    monkeypatch.setattr("megatron_edu.training.figure_7.embedded_corpus", lambda: ["word " * 9])
+    monkeypatch.setattr("megatron_edu.course.figure_7.embedded_corpus", lambda: ["word " * 9])
     case = "24 layers, warm-up of 200"
     out = tmp_path / "new" / "folder"
     main(["--out", str(out), "--steps", "1", "--seeds", "4", "5", "--cases", case])
@@ -55,8 +55,8 @@ def test_what_is_done_is_kept_when_the_rest_is_cut_off(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return make_bert(order, 2, seed, scaled)
 
-    monkeypatch.setattr("megatron_edu.training.figure_7.embedded_corpus", lambda: ["word " * 9])
-    monkeypatch.setattr("megatron_edu.training.figure_7.make_bert", cut_off)
+    monkeypatch.setattr("megatron_edu.course.figure_7.embedded_corpus", lambda: ["word " * 9])
+    monkeypatch.setattr("megatron_edu.course.figure_7.make_bert", cut_off)
     with pytest.raises(KeyboardInterrupt):
         main(["--out", str(tmp_path), "--steps", "1", "--seeds", "4", "5"])
     _, runs = load_runs(tmp_path / "figure_7.json")

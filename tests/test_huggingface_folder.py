@@ -15,7 +15,7 @@ import megatron_edu.interop.compare
 import megatron_edu.interop.folder
 from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
-from megatron_edu.demo_bert import fill_mask
+from megatron_edu.generate import fill_mask
 from megatron_edu.first_rank import on_first_rank
 from megatron_edu.generate import SamplingConfig, generate, ids_without_token
 from megatron_edu.interop import load_huggingface, save_huggingface

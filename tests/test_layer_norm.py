@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_edu.reference.gpt2 import Block
-from megatron_edu.training import layer_norm
-from megatron_edu.training.layer_norm import (
+from megatron_edu.course import layer_norm
+from megatron_edu.course.layer_norm import (
     MASK,
     PEAK,
     block_norms,

@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from gpt2_cases import groups
 
-from megatron_edu.mutants import ALL_CHECKS, GPT2_SUBJECT, Mutant, examine
-from megatron_edu.mutants_bert import BERT_MUTANTS, bert_subject
-from megatron_edu.mutants_gpt2 import MUTANTS
+from megatron_edu.course.mutants import ALL_CHECKS, GPT2_SUBJECT, Mutant, examine
+from megatron_edu.course.mutants_bert import BERT_MUTANTS, bert_subject
+from megatron_edu.course.mutants_gpt2 import MUTANTS
 from megatron_edu.tensor_parallel import linear
 from megatron_edu.training.data_parallel import DataParallel
 

@@ -11,7 +11,7 @@ from megatron_edu.data.tokenizer import load_tokenizer, train_tokenizer
 from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.files import MARK, written_folder
 from megatron_edu.models.gpt2 import GPT2
-from megatron_edu.prepare import find_token_file, prepare, prepare_documents, prepare_text
+from megatron_edu.data.prepare import find_token_file, prepare, prepare_documents, prepare_text
 from megatron_edu.training.checkpoint import save_checkpoint
 
 TEXTS = ["The cat sat on the mat.", "A dog barks at the cat.", "Grüße und Küsse."]

@@ -24,7 +24,7 @@ from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.files import mark_folder
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
-from megatron_edu.prepare import prepare
+from megatron_edu.data.prepare import prepare
 from megatron_edu.resume import choose_checkpoint, latest_checkpoint, read_checkpoint
 from megatron_edu.settings import OptimizerConfig, RunConfig, TrainConfig
 from megatron_edu.training import journal

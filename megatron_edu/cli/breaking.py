@@ -12,9 +12,9 @@ import difflib
 from .options import BreakArguments
 from .paint import paint
 from ..mesh import ParallelDims
-from ..mutants import ALL_CHECKS, GPT2_SUBJECT, Mutant, Verdict, examine
-from ..mutants_bert import BERT_MUTANTS, bert_subject
-from ..mutants_gpt2 import MUTANTS
+from ..course.mutants import ALL_CHECKS, GPT2_SUBJECT, Mutant, Verdict, examine
+from ..course.mutants_bert import BERT_MUTANTS, bert_subject
+from ..course.mutants_gpt2 import MUTANTS
 from ..ranks import Ranks
 from ..testing import CHECKS
 from ..training.data_parallel import DataParallel

@@ -24,7 +24,7 @@ from ..data.sampler import check_sizes
 from ..data.token_file import TokenFile
 from ..data.tokenizer import Tokenizer
 from ..data.wordpiece import WordPiece
-from ..prepare import TOKENIZER
+from ..data.prepare import TOKENIZER
 from ..resume import kind_of, latest_checkpoint
 from ..settings import TrainConfig
 

@@ -18,7 +18,7 @@ from ..interop.compare import check_conversion
 from ..interop.huggingface import load_huggingface, save_huggingface
 from ..memory import WEIGHTS, check_memory
 from ..models.gpt2 import Trunk
-from ..prepare import TOKENIZER, find_token_file, read_tokenizer
+from ..data.prepare import TOKENIZER, find_token_file, read_tokenizer
 from megatron_edu.training.checkpoint import (
     CONFIG,
     latest_checkpoint,

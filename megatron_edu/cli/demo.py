@@ -10,8 +10,8 @@ import sys
 
 from .breaking import TP, examine_on_rank, find_mutant, summary, table
 from .checks import check_plan
-from ..demo import Say, check_demo, demo, demo_plan, stages
-from ..demo_bert import demo_bert
+from ..demo.gpt2 import Say, check_demo, demo, demo_plan, stages
+from ..demo.bert import demo_bert
 from ..failures import raised_by_us
 from ..ranks import Ranks
 from ..settings import DemoConfig

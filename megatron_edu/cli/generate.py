@@ -21,7 +21,7 @@ from ..generate import check_next_token, generate, ids_without_token
 from ..machine import under_torchrun
 from ..memory import WEIGHTS, check_memory
 from ..mesh import ParallelDims, ParallelGroups
-from ..prepare import TOKENIZER
+from ..data.prepare import TOKENIZER
 from ..settings import SamplingConfig
 from ..streams import patient_streams
 from ..training.checkpoint import latest_checkpoint, load_config, load_model

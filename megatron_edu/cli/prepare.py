@@ -8,7 +8,7 @@ __all__ = ['run']
 # %% ../../nbs/7_using/09_cli_prepare.ipynb #87b33488
 from .net import say
 from .options import PrepareArguments
-from ..prepare import prepare_folder
+from ..data.prepare import prepare_folder
 
 
 def run(asked: PrepareArguments) -> None:

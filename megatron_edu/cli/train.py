@@ -36,7 +36,7 @@ from ..machine import is_first_rank, under_torchrun
 from ..memory import check_memory, training_bytes
 from ..mesh import ParallelGroups
 from ..owner import Owner, own_run
-from megatron_edu.prepare import (
+from megatron_edu.data.prepare import (
     PREPARED_FILES,
     TOKENIZER,
     TOKENS,

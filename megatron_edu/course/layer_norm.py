@@ -14,8 +14,8 @@ import torch
 from ..config import BertConfig
 from ..reference.bert import Bert
 from ..tensor_parallel.norm import clip_grad_norm, grad_norm
-from .optimizer import OptimizerConfig, make_optimizer
-from .schedule import learning_rate, set_learning_rate
+from ..training.optimizer import OptimizerConfig, make_optimizer
+from ..training.schedule import learning_rate, set_learning_rate
 
 # %% ../../nbs/6_training/11_layer_norm.ipynb #b7572f0a
 MASK = 256      # the token after the bytes

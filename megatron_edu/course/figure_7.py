@@ -202,7 +202,7 @@ def experiment(config: ExperimentConfig) -> list[Run]:
 
 # %% ../../nbs/6_training/12_figure_7.ipynb #e8e7fb96
 def main(args: list[str] | None = None) -> None:
-    "The command `python -m megatron_edu.training.figure_7`. Bad input ends with status 2."
+    "The command `python -m megatron_edu.course.figure_7`. Bad input ends with status 2."
     try:
         experiment(tyro.cli(ExperimentConfig, args=args, prog="figure_7"))
     except (ValueError, OSError) as error:
