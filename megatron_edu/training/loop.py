@@ -24,7 +24,7 @@ from ..data.wordpiece import WordPiece, load_wordpiece
 from ..errors import Stopped, handled
 from ..mesh import ParallelGroups
 from ..models import build_model
-from ..models.gpt2 import Trunk
+from ..models.gpt2 import Transformer
 from ..owner import Owner, own_run
 from megatron_edu.resume import (
     Decision,
@@ -58,7 +58,7 @@ class Run:
 
     config: TrainConfig
     data: Data
-    model: Trunk                                    # this rank's part
+    model: Transformer                                    # this rank's part
     replicas: DataParallel                          # the same; its gradients are averaged over dp
     optimizer: torch.optim.Optimizer
     sampler: BatchSampler
@@ -240,7 +240,7 @@ def train(
     origin: dict | None = None,         # what else a new run notes of itself: preset, text
     owner: Owner | None = None,         # of the folder; None: the first rank owns it meanwhile
     quiet: bool = False,                # write metrics, and say nothing
-) -> Trunk:                             # this rank's part of the trained model
+) -> Transformer:                             # this rank's part of the trained model
     """Train a model from its first step, or go on: see `resume` of the configuration.
 
     Every rank calls it. Writes to `config.run.out`: metrics.jsonl, loss.png, and a checkpoint every
