@@ -864,13 +864,17 @@ def plan_of(rank, line, monkeypatch, store):
 
 @pytest.mark.parametrize(
     "line",
-    ["--out bert-run --resume auto", f"{SHORT} --data ready --out new --resume auto --clip inf"],
+    [
+        "--out bert-run --resume auto --steps 3",
+        "--out bert-run --resume auto",     # all is done
+        f"{SHORT} --data ready --out new --resume auto --clip inf --steps 3",
+    ],
 )
 def test_under_torchrun_the_first_rank_plans_for_all(here, monkeypatch, line):
     store = dist.HashStore()
-    first = plan_of(0, f"{line} --steps 3", monkeypatch, store)
+    first = plan_of(0, line, monkeypatch, store)
     monkeypatch.setattr(train_verb, "make_plan", lambda asked: pytest.fail("planned by another"))
-    second = plan_of(1, f"{line} --steps 3", monkeypatch, store)
+    second = plan_of(1, line, monkeypatch, store)
     assert second._replace(lines=[], begins=False) == first._replace(lines=[], begins=False)
 
 
