@@ -882,6 +882,7 @@ def test_generate_refuses(run, tmp_path, capsys):
     assert "nearest is --version" in refusal(capsys, "--versoin")
     assert "holds no tokenizer.json" in refusal(capsys, "generate", tmp_path)
     assert "into --prompt -" in refusal(capsys, "generate", run, "--prompt", "caf\udce9")
+    assert "into --prompt -" in refusal(capsys, "generate", run, "--prompt=caf\udce9")
     assert "rename the file" in refusal(capsys, "generate", "caf\udce9")
     assert "tokens=0: must be a whole" in refusal(capsys, "generate", run, "--tokens", 0)
     assert "too large" in refusal(capsys, "generate", run, "--tokens", 10**20)     # nothing printed
