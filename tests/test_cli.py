@@ -386,6 +386,7 @@ def no_ranks(monkeypatch):
         (["--dp", 3], "--batch-size 4 does not divide .* on 3 data-parallel ranks"),
         (["--micro-batch", 3], "train: --batch-size 4 does not divide into .* of 3 .* use 3 or 6$"),
         (["--tp", 0], "tp=0: an axis has at least 1 rank"),
+        (["--precision", "tf32"], "tf32: .* products .* on GPUs, .* use --precision fp32 or bf16$"),
         (["--preset", "huge"], "preset 'huge' is unknown; use one of tiny, laptop"),
         (["--model", "t5"], "model 't5' is unknown; use one of gpt2, bert"),
         (["--model", "bert"], "--model bert --preset tiny: .* is a gpt2; .* use one of bert-tiny,"),
@@ -881,6 +882,7 @@ def test_generate_refuses(run, tmp_path, capsys):
     assert "nearest is --version" in refusal(capsys, "--versoin")
     assert "holds no tokenizer.json" in refusal(capsys, "generate", tmp_path)
     assert "into --prompt -" in refusal(capsys, "generate", run, "--prompt", "caf\udce9")
+    assert "into --prompt -" in refusal(capsys, "generate", run, "--prompt=caf\udce9")
     assert "rename the file" in refusal(capsys, "generate", "caf\udce9")
     assert "tokens=0: must be a whole" in refusal(capsys, "generate", run, "--tokens", 0)
     assert "too large" in refusal(capsys, "generate", run, "--tokens", 10**20)     # nothing printed

@@ -197,6 +197,13 @@ def test_a_folder_that_is_none_for_a_demo_is_refused_before_any_light(monkeypatc
             verb.run(DemoConfig(out))
 
 
+def test_ranks_that_do_not_divide_are_refused_before_any_light(monkeypatch, tmp_path):
+    monkeypatch.setattr(verb, "Ranks", lambda size: pytest.fail("ranks start"))
+    with pytest.raises(ValueError, match="tp=5: it must divide num_heads"):
+        verb.run(DemoConfig(tmp_path / "run", tp=5))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_demo_takes_at_least_one_step():
     with pytest.raises(ValueError, match="steps=0: must be at least 1"):
         DemoConfig(steps=0)
