@@ -30,8 +30,8 @@ def with_padding(
         if name not in PADDED:
             return read(name, shape, rows)
         known = range(rows.start, max(rows.start, min(rows.stop, config.vocab_size)))
-        values = read(name, shape, known)
-        return torch.cat([values, values.new_zeros(len(rows) - len(known), *shape[1:])])
+        padding = torch.zeros(len(rows) - len(known), *shape[1:], dtype=torch.float32)
+        return torch.cat([read(name, shape, known), padding]) if known else padding
 
     return read_padded
 

@@ -219,7 +219,7 @@ def save_bert(
     check_target(model, folder, tokenizer, overwrite)
     config = model.config
     full = gather_state_dict(model)
-    for own in PADDED:
+    for own in full.keys() & set(PADDED):
         full[own] = full[own][: config.vocab_size]
     tensors = {}
     for own, parts in names(config).items():
