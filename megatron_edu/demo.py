@@ -30,6 +30,7 @@ from .ranks import Ranks
 from .reference.bert import Bert as ReferenceBert
 from .reference.gpt2 import GPT2 as ReferenceGPT2
 from .settings import LAPTOP, DemoConfig, SamplingConfig, TrainConfig, quick_recipe
+from .streams import hushed
 from .tensor_parallel.norm import grad_norm
 from .tensor_parallel.shard import gather_state_dict
 from .testing import Report, compare_with_reference
@@ -47,10 +48,11 @@ def train_from_folder(
     tokens: Path,                   # prefix of a token file
     tokenizer: Path | None = None,  # that wrote it; a BERT needs it
     owner: Owner | None = None,     # of the run's folder; None: the first rank owns it meanwhile
+    quiet: bool = False,            # write metrics, and say nothing
 ) -> None:
     "What each rank of a training run does."
     pieces = load_wordpiece(tokenizer) if isinstance(config.model, BertConfig) else None
-    train(config, TokenFile(tokens), groups, device, pieces, owner=owner)
+    train(config, TokenFile(tokens), groups, device, pieces, owner=owner, quiet=quiet)
 
 # %% ../nbs/7_using/02_demo.ipynb #4957b30d
 def demo_plan(
@@ -193,7 +195,7 @@ def train_on_corpus(
     tokens = prepare_documents(documents, out, tokenizer)
     parameters, name = plan.model.num_parameters(), {"gpt2": "GPT-2", "bert": "BERT"}[config.model]
     say(f"training a {name} of {parameters:,} parameters on {tokens.num_tokens:,} tokens")
-    work = plan, out / TOKENS, out / TOKENIZER, owner
+    work = plan, out / TOKENS, out / TOKENIZER, owner, config.quiet
     launch(train_from_folder, plan.parallel, *work)
     return tokens, tokenizer
 
@@ -213,6 +215,7 @@ def compare_on_ranks(
     return rows
 
 # %% ../nbs/7_using/02_demo.ipynb #1a7b5cfe
+@hushed
 def demo(
     config: DemoConfig,
     say: Say | None = None,     # None: `stages()`

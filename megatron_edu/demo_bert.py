@@ -29,6 +29,7 @@ from megatron_edu.demo import (
 from .generate import check_finite, eval_mode, ids_without_token
 from .models.bert import Bert
 from .settings import STEPS, DemoConfig
+from .streams import hushed
 from .tensor_parallel.cross_entropy import hide_padding
 from .training.checkpoint import checkpoint_folder, load_model
 from .training.journal import read_metrics, validation_losses
@@ -154,6 +155,7 @@ def progress(run: Path) -> list[str]:
     return said
 
 
+@hushed
 def demo_bert(
     config: DemoConfig = BERT_DEMO,
     say: Say | None = None,     # None: `stages()`
