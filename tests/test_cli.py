@@ -459,7 +459,7 @@ def one_document(folder):
         (short_tokens, "tokens.bin: cut short"),
         (no_index, "tokens.idx: no such file"),
         (large_ids, "token id 512 .* outside the vocabulary of 512"),
-        (one_document, "1 documents cannot be split in 2 parts"),
+        (one_document, "1 documents cannot be split in 2 parts; .* divide it among more files"),
     ],
 )
 def test_a_token_file_that_is_damaged(corpus, tmp_path, capsys, damage, words):
