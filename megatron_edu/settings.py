@@ -169,7 +169,7 @@ class DemoConfig:
     tp: int = 2                             # tensor-parallel ranks that train
     seed: int = 1                           # of weights, samples and text
     model: Literal["gpt2", "bert"] = "gpt2" # model to train
-    quiet: bool = False                     # say nothing but errors; the run is written all the same
+    quiet: bool = False                     # say nothing but errors; the run is written
 
     def __post_init__(self):
         check_kinds(self)

@@ -693,7 +693,7 @@ def test_quiet_is_an_option_of_every_verb_that_reports(monkeypatch, capsys, verb
         ("train --out x --data y --num-layers inf", "--num-layers inf: must be a whole number in"),
         ("bench --rounds 2,5", "--rounds 2,5: must be a whole number in digits;"),
         ("demo --steps \u2500", "--steps \\u2500: must be a whole number in digits;"),
-        ("prepare x --out y --vocab-size " + "x" * 999, f"--vocab-size {'x' * 40}: must be a whole"),
+        ("prepare x --out y --vocab-size " + "x" * 999, f"--vocab-size {'x' * 40}: must be a"),
         ("generate x --top-p half", "--top-p half: must be a number;"),
         ("generate x --seed -1", "generate: seed=-1: must be from 0"),
         ("generate x --stop\u2500", "Unrecognized options: --stop\u2500"),

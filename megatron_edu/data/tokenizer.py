@@ -296,7 +296,7 @@ PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}     # ends of 
 
 
 def is_whole(path: Path) -> bool:
-    "Whether a file holds a whole tokenizer, as `tokenizers` saves it. Its content tells, not its name."
+    "Whether a file holds a whole tokenizer, as `tokenizers` saves it, whatever its name."
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
