@@ -286,6 +286,29 @@ def test_of_several_pairs_the_usual_one_is_read_or_a_name_asked_for(pair, bpe):
     assert load_tokenizer(pair / "my-merges.txt").vocab_size == bpe.vocab_size
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "gpt2-vocab.json", "encoder.json", "merges.txt"])
+def test_a_whole_tokenizer_is_known_by_its_content(bpe, tmp_path, name):
+    bpe.save(tmp_path / name)
+    assert load_tokenizer(tmp_path / name).encode(TEXT) == bpe.encode(TEXT)
+    if name != "merges.txt":    # found by name in a folder, with merges or without
+        assert load_tokenizer(tmp_path).encode(TEXT) == bpe.encode(TEXT)
+        merges = name.replace("encoder.json", "vocab.bpe").replace("vocab.json", "merges.txt")
+        (tmp_path / merges).write_text("#version: 0.2\n")
+        assert load_tokenizer(tmp_path).encode(TEXT) == bpe.encode(TEXT)
+
+
+def test_a_vocabulary_with_the_word_model_is_a_vocabulary(pair, bpe):
+    path = pair / "gpt2-vocab.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": bpe.vocab_size}))
+    assert load_tokenizer(path).vocab_size == bpe.vocab_size + 1
+
+
+def test_a_whole_wordpiece_is_known_by_its_content(wordpiece, tmp_path):
+    wordpiece.save(tmp_path / "vocab.txt")
+    for path in (tmp_path, tmp_path / "vocab.txt"):
+        assert load_wordpiece(path).encode(TEXT) == wordpiece.encode(TEXT)
+
+
 def test_gpt2_is_read_by_its_vocabulary_alone(data_folder):
     folder = data_folder / "tokenizers"
     by_file, by_folder = load_tokenizer(folder / "gpt2-vocab.json"), load_tokenizer(folder)
@@ -357,7 +380,7 @@ WRONG = {
     ),
     "a tokenizer of a number": (lambda f: load_tokenizer(3), "^path=3: must be a text or a path"),
     "a WordPiece of nothing": (lambda f: load_wordpiece(None), "^path=None: must be a text or"),
-    "training on one text": (lambda f: train_tokenizer(TEXT * 99, 300), "^documents='the cat.*several"),
+    "training on one text": (lambda f: train_tokenizer(TEXT * 99, 300), "^documents=.*several"),
     "training on one text, for BERT": (lambda f: train_wordpiece(TEXT, 90), "^documents='the"),
     "a vocabulary of 3e2": (
         lambda f: train_tokenizer([TEXT], 300.0),

@@ -126,6 +126,15 @@ def test_the_whole_of_it(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_quiet_demo_writes_its_run(tmp_path, capfd, monkeypatch, tp):
+    good = [Row(1, 1.0, 1.0, Report(0, 0, 0, 0))]
+    monkeypatch.setattr(megatron_edu.demo.gpt2, "compare_splits", lambda *args: good)
+    assert demo(DemoConfig(tmp_path, steps=2, tp=tp, quiet=True)) == good
+    assert capfd.readouterr() == ("", "") and len(read_metrics(tmp_path)) == 2
+
+
+@pytest.mark.usefixtures("small")
 def test_a_split_that_differs_is_an_error(tmp_path, monkeypatch):
     good, bad = Report(0, 0, 0, 0), Report(0, 0, 1e-3, 0)
     rows = [Row(1, 1.0, 1.0, good), Row(2, 1.0, 1.0, bad)]
