@@ -40,7 +40,7 @@ def check_ids(
 # %% ../nbs/2_reference/01_definitions.ipynb #ea65a29d
 def check_table(
     input_ids: torch.Tensor,    # (b, s)
-    max_seq_len: int,           # positions that the model knows
+    max_seq_len: int | None = None,     # positions that the model knows; None: any length
 ) -> None:
     "Raise `TypeError` for what are no whole numbers, `ValueError` for no table of rows that fit."
     check_kind("input_ids", input_ids, torch.Tensor)
@@ -51,7 +51,7 @@ def check_table(
             f"input_ids has shape {tuple(input_ids.shape)}: must be (b, s), a row of ids for each "
             "sequence; add [None] for a single one"
         )
-    if input_ids.shape[1] > max_seq_len:
+    if max_seq_len is not None and input_ids.shape[1] > max_seq_len:
         raise ValueError(
             f"a sequence of {input_ids.shape[1]} tokens is longer than max_seq_len={max_seq_len}; "
             "cut it, or build the model with a larger max_seq_len"

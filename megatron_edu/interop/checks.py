@@ -168,7 +168,7 @@ def check_memory(folder: str | Path, config: ModelConfig) -> None:
     if room is not None and need > room:
         raise ValueError(
             f"{Path(folder) / CONFIG} describes a model of {config.num_parameters():,} parameters; "
-            f"to hold it takes {in_bytes(need)} (its weights, in float32), and "
+            f"to read it takes {in_bytes(need)} (its weights in float32), and "
             f"{in_bytes(room)} are available; use a machine with more memory, or correct "
             f"{CONFIG} if the model is smaller"
         )
@@ -356,8 +356,6 @@ def stored_rows(
 
     Reading raises `ValueError` for numbers that are not finite, and for copies that differ.
     """
-    if any(each.dtype == "F64" for copies in found.values() for each in copies):
-        warn(group, f"{folder}: float64 weights are rounded to float32")
     with ExitStack() as stack:
         files = {}
 
@@ -380,6 +378,8 @@ def stored_rows(
             return values
 
         yield read
+    if any(each.dtype == "F64" for copies in found.values() for each in copies):
+        warn(group, f"{folder}: float64 weights are rounded to float32")
 
 
 def finite(folder: str | Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
