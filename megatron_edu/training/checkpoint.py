@@ -41,6 +41,7 @@ from megatron_edu.resume import (
 )
 from megatron_edu.tensor_parallel.shard import (
     ReadRows,
+    check_shape,
     check_state,
     fill,
     fill_slice,
@@ -238,9 +239,8 @@ def load_optimizer(
             kind, _, name = key.partition(".")
             if name not in parameters:
                 raise ValueError(f"{path}: the model has no parameter {name}; use its own moments")
-            own, shape = parameters[name], where[name].full_shape(parameters[name])
-            if tuple(file.get_slice(key).get_shape()) != shape:
-                raise ValueError(f"{path}: {key} has another shape than {name}, {shape}")
+            own = parameters[name]
+            check_shape(key, file.get_slice(key).get_shape(), where[name].full_shape(own))
             moment = torch.empty_like(own, requires_grad=False)
             fill_slice(moment, name, where[name], rows_of(file, path, f"{kind}."))
             optimizer.state[own][kind] = moment

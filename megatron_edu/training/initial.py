@@ -86,7 +86,7 @@ def check_sizes(
 # %% ../../nbs/6_training/04_initial.ipynb #b4d5e6aa
 def load_initial(
     source: Source,
-    model: Transformer,     # built, on any number of ranks
+    model: Transformer,     # built, on any number of ranks; may be on the meta device
 ) -> list[str]:             # what there is to say, a line each
     "Load this rank's slices. `ValueError` if they do not fit, and for one that is not finite."
     from megatron_edu.interop.huggingface import load_huggingface
@@ -100,7 +100,7 @@ def load_initial(
         warnings.simplefilter("always", UserWarning)
         rows = {"vocab_multiple": model.config.vocab_multiple}
         loaded = load_huggingface(source.folder, model.group, **rows)
-    model.load_state_dict(loaded.state_dict())
+    model.load_state_dict(loaded.state_dict(), assign=True)
     return [str(note.message) for note in found]
 
 

@@ -119,18 +119,20 @@ def begin_run(
     record: dict | None = None,         # what its checkpoints say beside the configuration
 ) -> Run:
     "Model, optimizer and data of a run. Raises `ValueError` for what does not fit together."
-    model = build_model(config.model, groups.tp_group, seed=config.run.seed).to(device)
-    optimizer = make_optimizer(model, config.optimizer)
+    drawn = checkpoint is None and source is None
+    model = build_model(config.model, groups.tp_group, seed=config.run.seed if drawn else None)
     state, notes = {"step": 0, "consumed": 0}, []
     if checkpoint is not None:
         load_weights(checkpoint, model)
-        load_optimizer(checkpoint, model, optimizer)
         state = {"consumed": 0, **load_state(checkpoint)}
     elif source is not None:
         notes = load_initial(source, model)
     else:
         where = f"init_std={config.model.init_std}"
         check_finite(dict(model.named_parameters()), where)
+    optimizer = make_optimizer(model.to(device), config.optimizer)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, model, optimizer)
     step, consumed = state["step"], state["consumed"]
     data = Data.open(token_file, config, groups, device, tokenizer, step, consumed)
     sampler = data.sampler(data.train, consumed)
