@@ -60,6 +60,7 @@ class ModelConfig:
     layer_norm_eps: float = 1e-5        # added to the variance in every LayerNorm
     init_std: float = 0.02              # of the initial weights (paper, 4.2)
     vocab_multiple: int = 1024          # the embedding is padded to it: 128 x 8 (paper, 5.1)
+    tie_embeddings: bool = True         # logits by the embedding; False: by a table of their own
     recompute: bool = False             # recompute a block's activations in the backward pass
     causal: ClassVar[bool]              # whether a position sees nothing that comes after it
 
@@ -82,7 +83,7 @@ class ModelConfig:
         return round_up(self.vocab_size, self.vocab_multiple)
 
     def num_parameters(self) -> int:
-        "Exact number of parameters, padding rows included, the tied embedding once."
+        "Exact number of parameters, padding rows included, a tied embedding once."
         return sum(parameter_counts(self).values())
 
 # %% ../nbs/2_reference/01_config.ipynb #325b7e90
@@ -119,6 +120,8 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         "mlp": n * ((h * f + f) + (f * h + h)),
         "norms": n * 4 * h + 2 * h,
     }
+    if not config.tie_embeddings:
+        counts["output"] = counts["tokens"]
     if isinstance(config, BertConfig):
         dense = h * h + h
         counts["token_types"] = config.num_token_types * h

@@ -9,8 +9,8 @@ __all__ = ['MODEL', 'OPTIMIZER', 'CONFIG', 'STATE', 'MOMENTS', 'ARCHITECTURES', 
            'read_fields', 'load_settings', 'read_settings', 'moments_from', 'Checkpoint', 'read_head', 'shapes_of',
            'check_shapes', 'check_tensors', 'check_consumed', 'check_record', 'read_checkpoint', 'check_numbers',
            'Choice', 'given_folder', 'newest_good', 'choose_checkpoint', 'set_aside', 'differences', 'resolved',
-           'kind_of', 'check_model', 'refusal', 'check_same', 'rate_note', 'changes', 'describe_tokens', 'token_files',
-           'check_tokens_are', 'Decision', 'decide', 'check_begun']
+           'kind_of', 'check_model', 'as_option', 'refusal', 'check_same', 'rate_note', 'changes', 'describe_tokens',
+           'token_files', 'check_tokens_are', 'Decision', 'decide', 'check_begun']
 
 # %% ../nbs/6_training/04_resume.ipynb #f8a2edd0
 import json
@@ -462,6 +462,7 @@ FIELDS: dict[str, dict[str, str | None]] = {    # of each field: STAYS, or what 
         "num_layers": STAYS, "hidden_size": STAYS, "num_heads": STAYS, "vocab_size": STAYS,
         "max_seq_len": STAYS, "ffn_hidden_size": STAYS, "gelu": STAYS, "layer_norm_eps": STAYS,
         "vocab_multiple": STAYS, "num_token_types": STAYS, "layer_norm": STAYS,
+        "tie_embeddings": STAYS,
         "dropout": "other masks from here on",
         "init_std": "no effect: the weights are there",
         "recompute": "less memory and more time, or the other way; the same numbers",
@@ -524,6 +525,14 @@ def check_model(
         raise ValueError(f"{checkpoint} is of another model: {why}, or choose another --out")
 
 
+def as_option(name: str, value: Any) -> str:
+    "A field as it is given on the command line."
+    words = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{words}" if value else f"--no-{words}"
+    return f"--{words} {value}"
+
+
 def refusal(
     concern: str,               # of `FIELDS`
     differ: dict[str, tuple],   # from `differences`
@@ -533,7 +542,7 @@ def refusal(
     if not differ:
         return ""
     values = ", ".join(f"{n} is {was}, and {now} here" for n, (was, now) in differ.items())
-    options = " ".join(f"--{n.replace('_', '-')} {was}" for n, (was, _) in differ.items())
+    options = " ".join(as_option(n, was) for n, (was, _) in differ.items())
     if "vocab_size" in differ:
         options += " and a token file of that vocabulary"
     return f"{values}; go on with {options}"

@@ -400,7 +400,7 @@ def weight_shape(
     "The shape that a configuration makes a parameter, with nothing allocated."
     h, f, v = config.hidden_size, config.ffn_size, config.vocab_size
     matrices = {
-        "wte": (v, h), "wpe": (config.max_seq_len, h),
+        "wte": (v, h), "wpe": (config.max_seq_len, h), "output": (v, h),
         "token_types": (getattr(config, "num_token_types", 0), h),
         "attn.qkv": (3 * h, h), "attn.proj": (h, h), "mlp.up": (f, h), "mlp.down": (h, f),
         "pooler": (h, h), "sop": (2, h), "mlm.dense": (h, h), "mlm": (v, h),

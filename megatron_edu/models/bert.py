@@ -165,7 +165,7 @@ class Bert(Transformer):
         weights = token_weights(labels, loss_mask)                          # (b, s)
         counted = weights != 0                                              # (b, s)
         total = linear_cross_entropy(
-            self.mlm(x[counted]), self.wte.weight, labels[counted], weights[counted],
+            self.mlm(x[counted]), self.output_table(), labels[counted], weights[counted],
             group=self.group, vocab_size=self.config.vocab_size, bias=self.mlm.bias,
         )
         if num_tokens is None:

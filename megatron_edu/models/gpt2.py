@@ -19,7 +19,7 @@ from ..definitions import check_labels, check_table, token_weights
 from .block import Block
 from ..tensor_parallel.embedding import VocabParallelEmbedding
 from ..tensor_parallel.fused_loss import linear_cross_entropy
-from ..tensor_parallel.linear import column_linear
+from ..tensor_parallel.linear import ColumnParallelLinear, column_linear
 from ..tensor_parallel.shard import checked_size, fill
 from ..weights import initial_rows
 
@@ -55,6 +55,9 @@ class Transformer(nn.Module):
             config.padded_vocab_size, config.hidden_size, group=group, vocab_size=config.vocab_size
         )
         self.wpe = nn.Embedding(config.max_seq_len, config.hidden_size)
+        self.output = None if config.tie_embeddings else ColumnParallelLinear(
+            config.hidden_size, config.padded_vocab_size, bias=False, group=group
+        )
 
     def draw(
         self,
@@ -88,15 +91,19 @@ class Transformer(nn.Module):
             x = checkpoint(block, x, mask, use_reentrant=False) if again else block(x, mask)
         return x
 
+    def output_table(self) -> torch.Tensor:     # (v padded/tp, h): this rank's rows
+        "What the logits are made with: the embedding's weight, or the output layer's own."
+        return (self.wte if self.output is None else self.output).weight
+
     def logits(
         self,
         x: torch.Tensor,                    # (..., h), equal on every rank
         bias: torch.Tensor | None = None,   # (v padded/tp,), this rank's
     ) -> torch.Tensor:                      # (..., v padded/tp)
-        "The output layer, tied to the embedding. Backward: one all-reduce (f)."
+        "The output layer. Backward: one all-reduce (f)."
         if group_size(self.group) == 1:
-            return F.linear(x, self.wte.weight, bias)
-        return column_linear(x, self.wte.weight, bias, self.group)
+            return F.linear(x, self.output_table(), bias)
+        return column_linear(x, self.output_table(), bias, self.group)
 
     def loss(self, *batch, **rows) -> torch.Tensor:     # scalar, equal on every rank
         "Sum of the model's `losses`, which takes the same arguments."
@@ -168,7 +175,7 @@ class GPT2(Transformer):
         "The end of `losses`: what the output layer makes of the hidden states."
         weights = token_weights(labels, loss_mask)
         total = linear_cross_entropy(
-            x, self.wte.weight, labels, weights,
+            x, self.output_table(), labels, weights,
             group=self.group, vocab_size=self.config.vocab_size,
         )
         if num_tokens is None:

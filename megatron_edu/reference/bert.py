@@ -41,7 +41,7 @@ class PostNormBlock(Block):
 
 # %% ../../nbs/2_reference/04_bert.ipynb #58ad9115
 class TokenHead(nn.Module):
-    "Logits of the token at each position: by the word table (tied), with a bias of their own."
+    "Logits of the token at each position: by a table, the model's own or tied, and a bias."
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -55,7 +55,7 @@ class TokenHead(nn.Module):
         x: torch.Tensor,        # (..., h)
         table: torch.Tensor,    # (v padded, h)
     ) -> torch.Tensor:          # (..., v padded)
-        "Dense, GELU, LayerNorm, and the word table."
+        "Dense, GELU, LayerNorm, and the table."
         x = self.ln(gelu(self.dense(x), self.config.gelu))      # (..., h)
         return F.linear(x, table, self.bias)                    # (..., v padded)
 
@@ -75,6 +75,9 @@ class Bert(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, h)
         self.wpe = nn.Embedding(config.max_seq_len, h)
+        self.output = None if config.tie_embeddings else nn.Linear(
+            h, config.padded_vocab_size, bias=False
+        )
         self.token_types = nn.Embedding(config.num_token_types, h)
         self.ln_emb = nn.LayerNorm(h, eps=config.layer_norm_eps) if post else nn.Identity()
         self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
@@ -119,7 +122,8 @@ class Bert(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:             # (b, s, v padded), (b, 2)
         "Logits of the token at each position, and of the order of the two segments."
         x = self.hidden_states(input_ids, token_types, attention_mask)
-        return self.mlm(x, self.wte.weight), self.order_logits(x)
+        table = self.wte if self.output is None else self.output
+        return self.mlm(x, table.weight), self.order_logits(x)
 
     def losses(
         self,

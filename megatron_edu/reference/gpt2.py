@@ -106,6 +106,9 @@ class GPT2(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.hidden_size)
         self.wpe = nn.Embedding(config.max_seq_len, config.hidden_size)
+        self.output = None if config.tie_embeddings else nn.Linear(
+            config.hidden_size, config.padded_vocab_size, bias=False
+        )
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         initialise(self, config, seed)
@@ -118,7 +121,8 @@ class GPT2(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.ln_f(x), self.wte.weight)                      # (b, s, v padded)
+        table = self.wte if self.output is None else self.output
+        return F.linear(self.ln_f(x), table.weight)                         # (b, s, v padded)
 
     def loss(
         self,
