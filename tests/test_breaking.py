@@ -38,7 +38,14 @@ def here(cpu_ranks, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["no_f", "row_bias_everywhere", "token_bias_summed", "mean_of_means"]
+    "name",
+    [
+        "no_f",
+        "row_bias_everywhere",
+        "logits_by_the_embedding",
+        "token_bias_summed",
+        "mean_of_means",
+    ],
 )
 def test_a_mistake_is_made_and_told(here, capsys, name):
     cli.main(["break", name])
@@ -59,7 +66,9 @@ def test_what_is_said_of_no_f(here, capsys):
 def all_verdicts(names, kind):
     "Of the code as it is, and with each mistake, in one world."
     dp = EVERY[names[0]].dp
-    return examine_on_rank(kind, dp), {n: examine_on_rank(kind, dp, EVERY[n]) for n in names}
+    return examine_on_rank(kind, dp), {
+        n: examine_on_rank(kind, dp, EVERY[n], **EVERY[n].changes) for n in names
+    }
 
 
 @pytest.mark.parametrize("dp", [1, 2])

@@ -43,6 +43,8 @@ ODD = {
     "odd sizes": GPT2Config(3, 15, 5, vocab_size=23, max_seq_len=7, vocab_multiple=8),
     "f is not 4h": GPT2Config(2, 12, 3, 23, 7, ffn_hidden_size=17, vocab_multiple=8),
     "no padding": GPT2Config(1, 12, 3, 23, 7, vocab_multiple=1),
+    "untied": GPT2Config(1, 12, 3, 23, 7, vocab_multiple=8, tie_embeddings=False),
+    "BERT, untied": BertConfig(1, 12, 3, 23, 7, vocab_multiple=8, tie_embeddings=False),
     "BERT, odd sizes": BertConfig(3, 15, 5, 23, 7, vocab_multiple=8, num_token_types=3),
     "BERT, f is not 4h": BertConfig(2, 12, 3, 23, 7, ffn_hidden_size=17, vocab_multiple=8),
     "BERT, post-LN": BertConfig(1, 12, 3, 23, 7, vocab_multiple=1, layer_norm="post"),
@@ -103,7 +105,7 @@ def test_count_is_that_of_a_small_model(name):
     config = ODD[name]
     purposes = {"wte": "tokens", "wpe": "positions", ".attn.": "attention", ".mlp.": "mlp"}
     purposes |= {"types": "token_types", "pooler": "order_head", "sop": "order_head"}
-    purposes |= {"mlm.": "token_head"}
+    purposes |= {"mlm.": "token_head", "output": "output"}
     found = dict.fromkeys(parameter_counts(config), 0)
     for parameter, value in KINDS[type(config)](config).named_parameters():
         purpose = [p for part, p in purposes.items() if part in parameter] or ["norms"]
@@ -209,6 +211,7 @@ KINDS_OF = {    # of both models; of BERT alone
     "num_layers": "a whole number", "hidden_size": "a whole number", "vocab_size": "a whole number",
     "ffn_hidden_size": "a whole number or None", "dropout": "a number", "init_std": "a number",
     "recompute": "True or False", "num_token_types": "a whole number",
+    "tie_embeddings": "True or False",
 }
 
 
@@ -216,6 +219,7 @@ KINDS_OF = {    # of both models; of BERT alone
 @pytest.mark.parametrize("name", KINDS_OF)
 def test_a_value_of_another_kind_is_a_type_error(name, value):
     fits = {"dropout": (2.5,), "init_std": (2.5,), "recompute": (True,), "ffn_hidden_size": (None,)}
+    fits["tie_embeddings"] = (True,)
     if value in fits.get(name, ()):
         return
     for config in (TINY, PRESETS["bert-tiny"]):

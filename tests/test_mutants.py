@@ -1,5 +1,7 @@
 """Every classic mistake turns a check red, and the right code none, on the very same inputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ GRIDS = [(tp, dp) for dp in WIDTHS for tp in WIDTHS[dp]]
 EVERY = MUTANTS | BERT_MUTANTS
 SUBJECTS = {
     "gpt2": GPT2_SUBJECT,
+    "untied gpt2": GPT2_SUBJECT.changed(tie_embeddings=False),
     "bert": bert_subject(),
     "post-LN bert": bert_subject(layer_norm="post"),
 }
@@ -52,7 +55,15 @@ def verdict(subject, name, tp, dp, device):
     if name is None:
         return examine(mine, DataParallel, device, SUBJECTS[subject])
     with EVERY[name].made():
-        return examine(mine, DataParallel, device, SUBJECTS[subject])
+        changed = SUBJECTS[subject].changed(**EVERY[name].changes)
+        return examine(mine, DataParallel, device, changed)
+
+
+def verdict_of(mutant, device):
+    "On two ranks, on the usual subject with the mutant's changes."
+    with mutant.made():
+        subject = GPT2_SUBJECT.changed(**mutant.changes)
+        return examine(groups(2, 1, device), DataParallel, device, subject)
 
 
 def verdict_of_all(ranks, subject, name, tp, dp, device):
@@ -78,6 +89,15 @@ def test_no_mutant_survives(ranks, device, subject, name, tp, dp):
 @pytest.mark.world(2)
 def test_what_needs_the_last_layer_norm_is_no_mistake_without_it(ranks, device):
     assert verdict_of_all(ranks, "post-LN bert", NEEDS_PRE_LN, 2, 1, device).red == []
+
+
+@pytest.mark.world(2)
+def test_what_needs_an_output_layer_of_its_own_is_no_mistake_without_it(ranks, device):
+    tied = replace(EVERY["logits_by_the_embedding"], changes={})
+    for found in ranks(2)(verdict_of, tied, device):
+        assert found.red == []
+    with_its_own = verdict_of_all(ranks, "gpt2", "logits_by_the_embedding", 2, 1, device)
+    assert with_its_own.red == ["loss", "sharded", "replicated", "norm"]
 
 
 # A bias of the whole vocabulary on every rank, of which a rank takes one slice; what sees it.

@@ -319,6 +319,7 @@ def test_any_other_folder_is_not_gone_on_from(copy, whole, tmp_path, which):
         ({"validation": 0.2}, "validation is 0.1, and 0.2 here; go on with --validation 0.1"),
         ({"model": replace(TINY, num_heads=2)}, "num_heads is 4, and 2 here; .* --num-heads 4"),
         ({"model": replace(TINY, vocab_size=91)}, "vocab_size is 90, and 91 here; go on with"),
+        ({"model": replace(TINY, tie_embeddings=False)}, "go on with --tie-embeddings, or choose"),
         ({"model": BertConfig(2, 32, 4, 90, 16)}, "of a gpt2, which cannot go on as a bert"),
     ],
 )

@@ -50,12 +50,13 @@ def examine_on_rank(
     kind: str,                      # of model: gpt2 or bert
     dp: int = 1,                    # replicas
     mutant: Mutant | None = None,   # None: the code as it is
+    **changes,                      # of the configuration
 ) -> Verdict:                       # the same on every rank
     "What each rank does."
     groups = ParallelDims(tp=TP, dp=dp).build()
     subject = bert_subject() if kind == "bert" else GPT2_SUBJECT
     with contextlib.nullcontext() if mutant is None else mutant.made():
-        return examine(groups, DataParallel, subject=subject)
+        return examine(groups, DataParallel, subject=subject.changed(**changes))
 
 
 LABELS = dict(zip(ALL_CHECKS, (
@@ -112,7 +113,10 @@ def break_and_tell(mutant: Mutant) -> bool:
     replicas = f", {mutant.dp} replicas" if mutant.dp > 1 else ""
     print(f"on       a small {name}, {size} ranks (tp={TP}{replicas}), float64\n", flush=True)
     with Ranks(size) as ranks:
-        right, wrong = (ranks(examine_on_rank, kind, mutant.dp, m)[0] for m in (None, mutant))
+        right, wrong = (
+            ranks(examine_on_rank, kind, mutant.dp, made, **mutant.changes)[0]
+            for made in (None, mutant)
+        )
     print(table([right, wrong]))
     print(f"\n{summary(right, wrong)}")
     chapter, section = mutant.lesson

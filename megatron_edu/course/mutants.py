@@ -9,7 +9,7 @@ __all__ = ['LESSONS', 'GPT2_SUBJECT', 'ALL_CHECKS', 'Mutant', 'mutant', 'Subject
 import contextlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pkgutil import resolve_name
 from unittest import mock
 
@@ -53,6 +53,7 @@ class Mutant:
     target: str         # the function that is replaced, by its path in megatron_edu
     wrong: Callable     # what replaces it; takes the real one as first argument
     dp: int = 1         # data-parallel replicas it takes to see the mistake
+    changes: dict = field(default_factory=dict)     # of the configuration that it takes to see it
 
     @property
     def lesson(self) -> tuple[str, str]:        # chapter, by its path from the root; of the paper
@@ -74,15 +75,16 @@ class Mutant:
 # %% ../../nbs/4_models/06_mutants.ipynb #a1dd4a55
 def mutant(
     registry: dict[str, Mutant],    # by name
-    target: str,                    # these four as in `Mutant`
+    target: str,                    # this and what follows as in `Mutant`
     mistake: str,
     rule: str,
     dp: int = 1,
+    **changes,
 ) -> Callable:
     "Enter the decorated function as a mutant. It takes the real function and its arguments."
     def enter(wrong: Callable) -> Callable:
         name = wrong.__name__
-        registry[name] = Mutant(name, mistake, rule, target, wrong, dp)
+        registry[name] = Mutant(name, mistake, rule, target, wrong, dp, changes)
         return wrong
 
     return enter
@@ -101,6 +103,10 @@ class Subject:
     def tensors(self, device: str) -> dict[str, torch.Tensor]:
         "The batch on a device."
         return {name: tensor.to(device) for name, tensor in self.batch(self.config).items()}
+
+    def changed(self, **changes) -> "Subject":
+        "The same with another configuration."
+        return replace(self, config=replace(self.config, **changes))
 
 
 def _gpt2_batch(config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -176,7 +182,7 @@ def _recompute_right(subject: Subject, groups: ParallelGroups, device: str) -> b
         model = subject.model(config, groups.tp_group).to(device)
         random.seed_replica(1, groups.dp_rank)
         model.loss(**subject.tensors(device)).backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
+        gradients.append([0 * p if p.grad is None else p.grad for p in model.parameters()])
     return all(torch.equal(a, b) for a, b in zip(*gradients))
 
 # %% ../../nbs/4_models/06_mutants.ipynb #a792fe02

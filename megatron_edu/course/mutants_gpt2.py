@@ -112,6 +112,13 @@ def tied_output_half_missing(real, x, weight, *targets, **options):
     return real(x, weight.detach(), *targets, **options)
 
 
+@_mutant("models.gpt2.Transformer.output_table",
+         "untied output layer: logits by the embedding", "a layer of its own has a table of its own",
+         tie_embeddings=False)
+def logits_by_the_embedding(real, model):
+    return model.wte.weight
+
+
 @_mutant("models.gpt2.GPT2.__init__",
          "gradient of the positions added up over ranks", "replicated gradients are complete")
 def position_gradient_summed(real, model, config, group=None, **options):
