@@ -267,6 +267,12 @@ def test_they_read_what_any_number_of_ranks_wrote(ranks, device, tmp_path, kind,
 
 
 @kinds
+def test_the_tensors_have_the_names_that_they_give_them(folder, tmp_path, kind):
+    save_huggingface(build_model(CONFIGS[kind]), tmp_path / "ours")
+    assert load_file(tmp_path / "ours" / FILE).keys() == load_file(folder / FILE).keys()
+
+
+@kinds
 def test_there_and_back_keeps_every_bit(tmp_path, kind):
     model = build_model(CONFIGS[kind], seed=3)
     with torch.no_grad():
