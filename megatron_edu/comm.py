@@ -90,7 +90,7 @@ class Ledger:
     def table(self) -> str:
         "The records as text, equal ones in one line with their number."
         row = "{:9}{:16}{:7}{:10}{:>12}{:>14}{:>14}{:>7}".format
-        lines = [row("phase", "op", "axis", "dtype", "elements", "bytes", "on the wire", "times")]
+        lines = [row("phase", "op", "axis", "dtype", "elements", "bytes", "wire", "times")]
         for r, times in Counter(self.records).items():
             sizes = f"{r.elements:,}", f"{r.bytes:,}", f"{r.wire:,.0f}"
             lines.append(row(r.phase, r.op, r.axis, r.dtype, *sizes, times))

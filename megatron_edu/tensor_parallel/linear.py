@@ -33,10 +33,11 @@ def _column_gradients(
     x: torch.Tensor,            # (..., in)
     weight: torch.Tensor,       # (out/t, in)
     region: Region,
-    wanted: list[bool],         # of x, weight and bias
+    needs_x: bool,              # whether the gradient of x is wanted, and so on
+    needs_weight: bool,
+    needs_bias: bool,
 ) -> tuple[torch.Tensor | None, ...]:     # x's is summed over the ranks
     "The backward pass of `column_linear`: x's gradient travels while the others are computed."
-    needs_x, needs_weight, needs_bias = wanted
     pending = region.enter_backward(grad @ weight) if needs_x else None
     rows = grad.reshape(-1, grad.shape[-1])
     grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
@@ -54,10 +55,10 @@ class _ColumnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (x, weight), region = ctx.saved_tensors, ctx.region
-        wanted = list(ctx.needs_input_grad[:3])
+        wanted = ctx.needs_input_grad[:3]
         if not torch.compiler.is_compiling():
-            return *_column_gradients(grad, x, weight, region, wanted), None
-        found = _column_gradients_step(grad, x, weight, region.group.group_name, wanted)
+            return *_column_gradients(grad, x, weight, region, *wanted), None
+        found = _column_gradients_step(grad, x, weight, region.group.group_name, *wanted)
         return *(each if needed else None for each, needed in zip(found, wanted)), None
 
 
@@ -78,17 +79,24 @@ def column_linear(
 # %% ../../nbs/3_layers/03_linear.ipynb #70c25862
 @torch.library.custom_op("megatron_edu::column_gradients", mutates_args=())
 def _column_gradients_step(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, group: str, wanted: list[bool]
-) -> list[torch.Tensor]:
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    group: str,                 # its name
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # empty where not wanted
     "`_column_gradients` as one step of a compiled graph."
-    found = _column_gradients(grad, x, weight, Region(group_named(group)), wanted)
-    return [grad.new_empty(0) if each is None else each for each in found]
+    region = Region(group_named(group))
+    found = _column_gradients(grad, x, weight, region, needs_x, needs_weight, needs_bias)
+    return tuple(grad.new_empty(0) if each is None else each for each in found)
 
 
 @_column_gradients_step.register_fake
-def _(grad, x, weight, group, wanted):
-    found = _column_gradients(grad, x, weight, Region(None), wanted)
-    return [grad.new_empty(0) if each is None else each.contiguous() for each in found]
+def _(grad, x, weight, group, *wanted):
+    found = _column_gradients(grad, x, weight, Region(None), *wanted)
+    return tuple(grad.new_empty(0) if each is None else each.contiguous() for each in found)
 
 # %% ../../nbs/3_layers/03_linear.ipynb #a0e811ed
 class _RowLinear(torch.autograd.Function):
