@@ -211,7 +211,7 @@ def all_reduce(
     if group_size(group) == 1:
         return x
     if torch.compiler.is_compiling():
-        return _all_reduce_step(x, group.group_name, op)
+        return torch.ops.megatron_edu.all_reduce(x, group.group_name, op)
     own = x if inplace else x.clone(memory_format=torch.contiguous_format)
     return all_reduce_start(own, group, op).wait()
 
@@ -249,7 +249,7 @@ def all_gather(
     if group_size(group) == 1:
         return x
     if torch.compiler.is_compiling():
-        return _all_gather_step(x, group.group_name, dim)
+        return torch.ops.megatron_edu.all_gather(x, group.group_name, dim)
     return torch.cat(all_gather_start(x, group).wait().unbind(0), dim=dim)
 
 # %% ../nbs/1_ranks/03_comm.ipynb #d89c0c8f

@@ -58,7 +58,8 @@ class _ColumnLinear(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         if not torch.compiler.is_compiling():
             return *_column_gradients(grad, x, weight, region, *wanted), None
-        found = _column_gradients_step(grad, x, weight, region.group.group_name, *wanted)
+        step = torch.ops.megatron_edu.column_gradients
+        found = step(grad, x, weight, region.group.group_name, *wanted)
         return *(each if needed else None for each, needed in zip(found, wanted)), None
 
 
