@@ -14,9 +14,9 @@ types of its result are tried, and one fits if the backward body gives each inpu
 gradient that this input's type demands (`backward_type` of the package).
 Theirs: the types of all operations of PyTorch, of the collective, and of gradients.
 Replaced: `comm`'s all-reduce, by the package's, on a group without a wire; a maximum is typed as a
-sum. Not seen: values; that a mask of a rank's own ids varies (`first` is a plain number); how a weight
-is cut, which the layer's shard rules declare. The fused loss is not here: it writes into slices of
-arrays in place, where the package does not follow.
+sum. Not seen: values; that a mask of a rank's own ids varies (`first` is a plain number); how a
+weight is cut, which the layer's shard rules declare. The fused loss is not here: it writes into
+slices of arrays in place, where the package does not follow.
 """
 
 from contextlib import ExitStack, suppress

@@ -74,7 +74,7 @@ class Region:
         if self.sequence_split is not False:
             raise ValueError(
                 f"sequence_split={self.sequence_split!r}: outside a region every rank holds the "
-                f"whole sequence, there is no other way yet; leave sequence_split out, or pass False"
+                f"whole sequence, and nothing splits it yet; leave it out, or pass False"
             )
 
     @property
