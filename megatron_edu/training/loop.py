@@ -213,12 +213,17 @@ def _first_rank_decides(
 def _decision(
     config: TrainConfig,
     token_file: TokenFile,
+    vocab_size: int,            # that its ids must be below
     init_from: Path | None,
     origin: dict | None,
 ) -> tuple[str, Decision]:      # step N, or begin, perhaps with the folder of the first weights
-    "What the first rank decides. The tokens are read once, here."
-    token_file.check_vocab(config.model.vocab_size)
+    "What the first rank decides. The tokens are read here, unless an earlier start has done so."
     made = decide(config, token_file.prefix, token_file.num_tokens, init_from, origin)
+    data = made.record["data"]
+    if token_file.known_vocab is None:
+        token_file.known_vocab = data.get("vocab_size")
+    token_file.check_vocab(vocab_size)
+    data["vocab_size"] = token_file.known_vocab
     made.notes.extend(set_aside(made.later))
     if made.checkpoint is not None:
         return f"step {made.checkpoint.step}", made
@@ -250,15 +255,18 @@ def train(
     checkpoint cannot be written; older ones stay. Raises `ValueError` for checkpoints that are all
     damaged, and for a run that is to go on as another one.
     """
-    out, device = config.run.out, torch.device(device)
+    out, device, vocab_size = config.run.out, torch.device(device), config.model.vocab_size
+    if tokenizer is not None:       # its samples look ids up in it
+        vocab_size = min(vocab_size, tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
 
         def decision() -> tuple[str, Decision]:
             nonlocal owner
             owner = owner or stack.enter_context(own_run(out))
-            return _decision(config, token_file, init_from, origin)
+            return _decision(config, token_file, vocab_size, init_from, origin)
 
         told, made = _first_rank_decides(decision, device)
+        token_file.known_vocab = vocab_size     # looked at by the first rank, for all
         what, _, where = told.partition(" ")
         checkpoint = checkpoint_folder(out, int(where)) if what == "step" else None
         source = find_source(where) if what == "begin" and where else None

@@ -46,7 +46,7 @@ def open_samples(
     tokens: TokenFile,
     tokenizer: WordPiece | None,
     num_samples: int,
-    documents: range,
+    documents: np.ndarray,
 ) -> Samples:
     "Samples of the kind that the model learns from. `ValueError` for too little text."
     rest = config.model.max_seq_len, num_samples, config.run.seed, documents
@@ -79,7 +79,7 @@ class Data:
     ) -> "Data":
         "Split by documents; samples for the whole run. Raises `ValueError` for too little text."
         run, count = config.run, len(tokens.document_starts) - 1
-        parts = split_documents(count, (1 - run.validation, run.validation))
+        parts = split_documents(count, run.shares, run.split_seed)[:2]      # a test is not read
         left = max(run.steps - step, 1) * run.batch_size        # a run that is done reads none
         sizes = consumed + left, run.eval_batches * run.batch_size
         source = config, tokens, tokenizer
