@@ -9,6 +9,7 @@ __all__ = ['Batch', 'Samples', 'check_tokenizer', 'open_samples', 'Data', 'RunCo
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..config import BertConfig
