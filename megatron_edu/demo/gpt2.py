@@ -25,6 +25,7 @@ from ..files import check_folder, empty_run, lock_number, note
 from ..generate import generate
 from ..mesh import ParallelDims
 from ..owner import Owner, own_run
+from ..streams import hushed
 from ..settings import LAPTOP, DemoConfig, SamplingConfig, TrainConfig, quick_recipe
 from ..training.checkpoint import checkpoint_folder, load_model
 from ..training.journal import read_metrics, validation_losses
@@ -120,7 +121,7 @@ def train_on_corpus(
     tokens = prepare_documents(documents, out, tokenizer)
     parameters, name = plan.model.num_parameters(), {"gpt2": "GPT-2", "bert": "BERT"}[config.model]
     say(f"training a {name} of {parameters:,} parameters on {tokens.num_tokens:,} tokens")
-    work = plan, out / TOKENS, out / TOKENIZER, owner
+    work = plan, out / TOKENS, out / TOKENIZER, owner, config.quiet
     launch(train_from_folder, plan.parallel, *work)
     return tokens, tokenizer
 
@@ -140,6 +141,7 @@ def compare_on_ranks(
     return rows
 
 # %% ../../nbs/7_using/02_demo.ipynb #1a7b5cfe
+@hushed
 def demo(
     config: DemoConfig,
     say: Say | None = None,     # None: `stages()`
