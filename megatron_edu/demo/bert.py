@@ -6,10 +6,9 @@
 __all__ = ['BERT_DEMO', 'riddles', 'filled', 'first_samples', 'progress', 'demo_bert']
 
 # %% ../../nbs/7_using/02_demo_bert.ipynb #e9bf3f89
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-
-import numpy as np
 
 from ..data.bert import BertSamples
 from ..data.gpt2 import split_documents
@@ -37,13 +36,13 @@ BERT_DEMO = DemoConfig(Path("runs/demo-bert"), steps=STEPS["bert"], model="bert"
 def riddles(
     tokens: TokenFile,
     tokenizer: WordPiece,
-    documents: np.ndarray,      # of the token file
+    documents: Iterable[int],   # of the token file
     count: int = 3,
 ) -> list[tuple[str, str]]:     # a sentence with a [MASK], and what was there
     "Plain sentences, each once, evenly spaced; the middle token of each is hidden."
     plain = {}
     offsets = tokens.document_offsets
-    for i in chain(*map(range, offsets[documents], offsets[documents + 1])):
+    for i in chain.from_iterable(range(*offsets[d : d + 2]) for d in documents):
         words = [tokenizer.core.id_to_token(k) for k in tokens[i].tolist()]
         if 8 <= len(words) <= 16 and all(word.isalpha() or word in ",." for word in words):
             plain[" ".join(words)] = words
