@@ -232,12 +232,9 @@ def read_head(
 
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     "Name and full shape of each parameter; nothing is drawn."
-    import torch  # here: whoever asks for help alone does not wait for it
+    from megatron_edu.models import build_model  # PyTorch: who asks for help does not wait for it
 
-    from megatron_edu.models import build_model
-
-    with torch.device("meta"):
-        return {name: tuple(p.shape) for name, p in build_model(model).named_parameters()}
+    return {name: tuple(p.shape) for name, p in build_model(model, seed=None).named_parameters()}
 
 
 def check_shapes(

@@ -17,7 +17,7 @@ from ..files import check_folder, written_folder
 from ..interop.compare import check_conversion
 from ..interop.huggingface import load_huggingface, save_huggingface
 from ..memory import WEIGHTS, check_memory
-from ..models.gpt2 import Trunk
+from ..models.gpt2 import Transformer
 from ..data.prepare import TOKENIZER, find_token_file, read_tokenizer
 from megatron_edu.training.checkpoint import (
     CONFIG,
@@ -94,7 +94,7 @@ def run(asked: ConvertArguments) -> None:
         print(f"{model.config.num_parameters():,} parameters in {to}; {said}")
 
 
-def to_transformers(model: Trunk, asked: ConvertArguments) -> str:
+def to_transformers(model: Transformer, asked: ConvertArguments) -> str:
     "Write a folder of transformers; what its comparison with the model says."
     said, tokenizer = [], find_tokenizer(asked.source, kind_of(model.config))
 
@@ -105,7 +105,7 @@ def to_transformers(model: Trunk, asked: ConvertArguments) -> str:
     return said[0]
 
 
-def from_transformers(model: Trunk, asked: ConvertArguments) -> str:
+def from_transformers(model: Transformer, asked: ConvertArguments) -> str:
     "Write a checkpoint of a model that was read; what the comparison with its source says."
     tokenizer = find_tokenizer(asked.source, kind_of(model.config))
     said = check_conversion(model, asked.source)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ..checks import check_kind
 from ..config import PRESETS, BertConfig, GPT2Config, ModelConfig
 from .bert import Bert
-from .gpt2 import GPT2, Trunk
+from .gpt2 import GPT2, Transformer
 
 _all_ = ["Bert", "BertConfig", "GPT2", "GPT2Config", "PRESETS"]
 
@@ -23,8 +23,8 @@ def build_model(
     config: ModelConfig,
     group: dist.ProcessGroup | None = None,     # the tensor-parallel group; None: one device
     *,
-    seed: int = 1,                              # of the initial weights
-) -> Trunk:
+    seed: int | None = 1,   # of the initial weights; None: on the meta device, to be filled
+) -> Transformer:
     "The model that a configuration describes. Raises `ValueError` as that model does."
     check_kind("config", config, GPT2Config | BertConfig)
     return MODELS[type(config)](config, group, seed=seed)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..comm import all_reduce
 from ..data.sampler import IGNORED
 from ..models.bert import Bert
-from ..models.gpt2 import Trunk
+from ..models.gpt2 import Transformer
 from megatron_edu.tensor_parallel.cross_entropy import (
     vocab_parallel_argmax,
     vocab_parallel_cross_entropy,
@@ -55,7 +55,7 @@ def bert_sums(model: Bert, batch: Batch) -> Sums:
     }
 
 # %% ../../nbs/6_training/07_validation.ipynb #5ae67bd3
-def sums_of(model: Trunk, batch: Batch) -> Sums:
+def sums_of(model: Transformer, batch: Batch) -> Sums:
     "What one micro-batch adds to the numbers of `validate`."
     if isinstance(model, Bert):
         return bert_sums(model, batch)
@@ -65,7 +65,7 @@ def sums_of(model: Trunk, batch: Batch) -> Sums:
 # %% ../../nbs/6_training/07_validation.ipynb #5a388d02
 @torch.no_grad()
 def validate(
-    model: Trunk,
+    model: Transformer,
     data: Data,
 ) -> dict[str, float]:      # val_loss; of a BERT both addends and both shares of right answers, too
     "Means over the same held-out batches each time, without dropout: sums, divided once."
