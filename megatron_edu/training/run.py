@@ -66,6 +66,7 @@ class Data:
     config: TrainConfig
     groups: ParallelGroups
     device: torch.device
+    checked: bool       # whether all ids of the file are known to be the model's
 
     @classmethod
     def open(
@@ -85,7 +86,9 @@ class Data:
         sizes = consumed + left, run.eval_batches * run.batch_size
         source = config, tokens, tokenizer
         both = [open_samples(*source, size, part) for size, part in zip(sizes, parts)]
-        return cls(*both, config, groups, device)
+        known = tokens.known_vocab
+        checked = known is not None and known <= config.model.vocab_size
+        return cls(*both, config, groups, device, checked)
 
     def sampler(self, samples: Samples, consumed: int = 0) -> BatchSampler:
         "This replica's micro-batches of the global batches."
@@ -98,4 +101,4 @@ class Data:
         fields = batch_fields(self.config.model, sampler.micro_batch)
         for indices in sampler:
             batch = samples.batch(indices) if self.groups.tp_rank == 0 else None
-            yield broadcast_batch(batch, self.groups.tp_group, fields, self.device)
+            yield broadcast_batch(batch, self.groups.tp_group, fields, self.device, self.checked)
