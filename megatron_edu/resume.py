@@ -322,7 +322,8 @@ def _is_text(value: Any) -> bool:
 
 
 DATA = {        # what a run notes of its data, and how it looks
-    "prefix": _is_text, "tokens": is_count, "vocab_size": is_count, "files": lambda value: _is_list(value, _is_entry),
+    "prefix": _is_text, "tokens": is_count, "vocab_size": is_count,
+    "files": lambda value: _is_list(value, _is_entry),
     "given": lambda value: _is_list(value, _is_text), "text_field": _is_text, "ids": _is_text,
     "inputs": lambda value: _is_list(value, _is_entry),
 }

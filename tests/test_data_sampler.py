@@ -330,4 +330,5 @@ def test_a_batch_that_is_known_still_has_its_names_and_shapes():
     with pytest.raises(ValueError, match=r"input_ids of shape \(2, 4\); .* has \(2, 5\)"):
         broadcast_batch(good_batch(), None, token_fields((2, 5)), checked=True)
     with pytest.raises(ValueError, match="a batch of input_ids; this model takes"):
-        broadcast_batch({"input_ids": good_batch()["input_ids"]}, None, token_fields(), checked=True)
+        half = {"input_ids": good_batch()["input_ids"]}
+        broadcast_batch(half, None, token_fields(), checked=True)

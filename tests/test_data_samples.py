@@ -270,7 +270,6 @@ def test_a_split_is_the_same_everywhere_and_always():
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
     assert document_hashes(4, 0).tolist() == published
     assert numbers(split_documents(4, (0.5, 0.25, 0.25))) == [[1, 2], [0], [3]]
-    assert numbers(split_documents(20, (0.8, 0.2), 7)) == numbers(split_documents(20, (0.8, 0.2), 7))
     by_seed = {str(split_documents(20, (0.8, 0.2), seed)[1]) for seed in range(10)}
     assert len(by_seed) == 10
 

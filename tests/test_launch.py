@@ -277,7 +277,7 @@ OWN = str(Path(launch_module.__file__).parents[1])     # the package
 
 
 def way_to_a_block(groups, device, plan) -> list[str]:
-    "Own functions on the stack of a rank, the outermost first, where a step reaches its first block."
+    "Own functions on a rank's stack, outermost first, where a step reaches its first block."
     ways = []
 
     class Watched(Block):
@@ -303,8 +303,9 @@ def test_the_way_from_a_ranks_entry_to_its_first_block(tmp_path, tp, dp, record_
         for _ in range(10):
             writer.append(list(range(90)))
             writer.end_document()
-    line = f"--preset tiny --data {tmp_path}/tokens --out {tmp_path}/run --steps 1 --tp {tp} --dp {dp}"
-    plan = train_verb.make_plan(parse("train", [*line.split(), "--vocab-size", "96"]))
+    line = f"--data {tmp_path}/tokens --out {tmp_path}/run --steps 1 --tp {tp} --dp {dp}"
+    words = ["--preset", "tiny", "--vocab-size", "96", *line.split()]
+    plan = train_verb.make_plan(parse("train", words))
     names = [*launch(way_to_a_block, plan.config.parallel, plan), "forward"]
     record_property("own frames from a rank's entry to the first block", len(names))
     print(len(names), "own frames:", " > ".join(names))

@@ -386,7 +386,8 @@ def plan_from(told: dict) -> Plan:
     places = {"out": Path(config["run"]["out"]), "resume": Path(resume) if is_path else resume}
     settings = read_settings(config, model, Path("plan"), **places)
     paths = [told[name] and Path(told[name]) for name in ("tokenizer", "init_from")]
-    return Plan(settings, TokenFile(*told["tokens"]), *paths, told["origin"], [], False, told["done"])
+    tokens = TokenFile(*told["tokens"])
+    return Plan(settings, tokens, *paths, told["origin"], [], False, told["done"])
 
 # %% ../../nbs/7_using/02_train.ipynb #e0d8bd0f
 def train_on_rank(
