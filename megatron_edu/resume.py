@@ -10,7 +10,7 @@ __all__ = ['MODEL', 'OPTIMIZER', 'CONFIG', 'STATE', 'MOMENTS', 'ARCHITECTURES', 
            'check_shapes', 'check_tensors', 'check_consumed', 'check_record', 'read_checkpoint', 'check_numbers',
            'Choice', 'given_folder', 'newest_good', 'choose_checkpoint', 'set_aside', 'differences', 'resolved',
            'kind_of', 'check_model', 'as_option', 'refusal', 'check_same', 'rate_note', 'changes', 'describe_tokens',
-           'token_files', 'check_tokens_are', 'Decision', 'decide', 'check_begun']
+           'token_files', 'check_tokens_are', 'Decision', 'decide', 'check_split_seed', 'check_begun']
 
 # %% ../nbs/6_training/04_resume.ipynb #f8a2edd0
 import json
@@ -177,8 +177,11 @@ def read_settings(
     "A configuration from JSON. `ValueError` for what is none."
     parts = []
     for name, kind in CONCERNS.items():
+        content = described.get(name, {})
         known = {"out": out, "resume": resume} if name == "run" else {}
-        parts.append(read_fields(kind, described.get(name, {}), f"{where}: {name}", **known))
+        if name == "run" and isinstance(content, dict):
+            known["split_seed"] = content.get("split_seed")     # None: begun by file order
+        parts.append(read_fields(kind, content, f"{where}: {name}", **known))
     return TrainConfig(model, *parts)
 
 
@@ -319,7 +322,8 @@ def _is_text(value: Any) -> bool:
 
 
 DATA = {        # what a run notes of its data, and how it looks
-    "prefix": _is_text, "tokens": is_count, "files": lambda value: _is_list(value, _is_entry),
+    "prefix": _is_text, "tokens": is_count, "vocab_size": is_count,
+    "files": lambda value: _is_list(value, _is_entry),
     "given": lambda value: _is_list(value, _is_text), "text_field": _is_text, "ids": _is_text,
     "inputs": lambda value: _is_list(value, _is_entry),
 }
@@ -468,7 +472,7 @@ FIELDS: dict[str, dict[str, str | None]] = {    # of each field: STAYS, or what 
         "recompute": "less memory and more time, or the other way; the same numbers",
     },
     "run": {
-        "seed": STAYS, "validation": STAYS,
+        "seed": STAYS, "split_seed": STAYS, "validation": STAYS, "test": STAYS,
         "steps": "the schedule is stretched or cut to it, and each rate from here on with it",
         "batch_size": "each step left reads so many samples; the rates stay",
         "micro_batch": ROUNDING,
@@ -650,6 +654,7 @@ def decide(
     "Where a run goes on. `ValueError` for what does not belong together."
     checkpoint, notes, later = choose_checkpoint(config.run.out, config.run.resume)
     if checkpoint is None:
+        check_split_seed(config)
         record = {**(origin or {}), "begun": {"step": 0, "consumed": 0}}
         record["data"] = {**record.get("data", {}), **describe_tokens(prefix, count)}
         if init_from is not None:
@@ -668,6 +673,16 @@ def decide(
         record["moments_from"] = checkpoint.step
         notes.append(f"{checkpoint.folder.name} is of weights alone: the moments begin at zero")
     return Decision(checkpoint, record, notes + changes(config, checkpoint), later)
+
+
+def check_split_seed(config: TrainConfig) -> None:
+    "Raise `ValueError` for a new run that asks for the file's order: only old ones go on by it."
+    if config.run.split_seed is None:
+        raise ValueError(
+            "split_seed=None: a new run picks the documents that it holds out by a hash, and only "
+            "one that began with the last ones of the file goes on so; give --split-seed a whole "
+            "number, 0 or more"
+        )
 
 
 def check_begun(

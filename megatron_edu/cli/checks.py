@@ -89,9 +89,9 @@ def check_tokens(
     "Raise `ValueError` for ids above the vocabulary, and for too little text."
     check_split(config.model, config.parallel.tp, trained)
     tokens.check_vocab(config.model.vocab_size)
-    length, held_out = config.model.max_seq_len, config.run.validation
+    length, run = config.model.max_seq_len, config.run
     starts = tokens.document_starts
-    for part in split_documents(len(starts) - 1, (1 - held_out, held_out)):
+    for part in split_documents(len(starts) - 1, run.shares, run.split_seed)[:2]:
         if kind_of(config.model) == "bert":
             BertSamples(tokens, tokenizer, length, 1, documents=part)
         else:

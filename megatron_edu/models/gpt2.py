@@ -103,7 +103,7 @@ class Transformer(nn.Module):
         "The output layer. Backward: one all-reduce (f)."
         if group_size(self.group) == 1:
             return F.linear(x, self.output_table(), bias)
-        return column_linear(x, self.output_table(), bias, self.group)
+        return column_linear(x, self.output_table(), bias, self.wte.region)
 
     def loss(self, *batch, **rows) -> torch.Tensor:     # scalar, equal on every rank
         "Sum of the model's `losses`, which takes the same arguments."

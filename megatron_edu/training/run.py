@@ -9,6 +9,7 @@ __all__ = ['Batch', 'Samples', 'check_tokenizer', 'open_samples', 'Data', 'RunCo
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..config import BertConfig
@@ -46,7 +47,7 @@ def open_samples(
     tokens: TokenFile,
     tokenizer: WordPiece | None,
     num_samples: int,
-    documents: range,
+    documents: np.ndarray,
 ) -> Samples:
     "Samples of the kind that the model learns from. `ValueError` for too little text."
     rest = config.model.max_seq_len, num_samples, config.run.seed, documents
@@ -65,6 +66,7 @@ class Data:
     config: TrainConfig
     groups: ParallelGroups
     device: torch.device
+    checked: bool       # whether all ids of the file are known to be the model's
 
     @classmethod
     def open(
@@ -79,12 +81,14 @@ class Data:
     ) -> "Data":
         "Split by documents; samples for the whole run. Raises `ValueError` for too little text."
         run, count = config.run, len(tokens.document_starts) - 1
-        parts = split_documents(count, (1 - run.validation, run.validation))
+        parts = split_documents(count, run.shares, run.split_seed)[:2]      # a test is not read
         left = max(run.steps - step, 1) * run.batch_size        # a run that is done reads none
         sizes = consumed + left, run.eval_batches * run.batch_size
         source = config, tokens, tokenizer
         both = [open_samples(*source, size, part) for size, part in zip(sizes, parts)]
-        return cls(*both, config, groups, device)
+        known = tokens.known_vocab
+        checked = known is not None and known <= config.model.vocab_size
+        return cls(*both, config, groups, device, checked)
 
     def sampler(self, samples: Samples, consumed: int = 0) -> BatchSampler:
         "This replica's micro-batches of the global batches."
@@ -97,4 +101,4 @@ class Data:
         fields = batch_fields(self.config.model, sampler.micro_batch)
         for indices in sampler:
             batch = samples.batch(indices) if self.groups.tp_rank == 0 else None
-            yield broadcast_batch(batch, self.groups.tp_group, fields, self.device)
+            yield broadcast_batch(batch, self.groups.tp_group, fields, self.device, self.checked)
