@@ -18,15 +18,16 @@ import numpy as np
 import torch
 
 from ..config import ModelConfig
-from ..data.bert import SPECIALS, BertSamples
-from ..data.gpt2 import check_documents, split_documents
+from ..data.gpt2 import split_documents
 from ..data.sampler import check_sizes
 from ..data.token_file import TokenFile
 from ..data.tokenizer import Tokenizer
 from ..data.wordpiece import WordPiece
 from ..data.prepare import TOKENIZER
-from ..resume import kind_of, latest_checkpoint
+from ..models.architecture import architecture_of
+from ..resume import latest_checkpoint
 from ..settings import TrainConfig
+from ..training.run import open_samples
 
 # %% ../../nbs/7_using/02_refusals.ipynb #6e229d2f
 def check_split(
@@ -89,23 +90,19 @@ def check_tokens(
     "Raise `ValueError` for ids above the vocabulary, and for too little text."
     check_split(config.model, config.parallel.tp, trained)
     tokens.check_vocab(config.model.vocab_size)
-    length, held_out = config.model.max_seq_len, config.run.validation
-    starts = tokens.document_starts
-    for part in split_documents(len(starts) - 1, (1 - held_out, held_out)):
-        if kind_of(config.model) == "bert":
-            BertSamples(tokens, tokenizer, length, 1, documents=part)
-        else:
-            check_documents(str(tokens.prefix), starts, part, length)
+    held_out = config.run.validation
+    for part in split_documents(len(tokens.document_starts) - 1, (1 - held_out, held_out)):
+        open_samples(config, tokens, tokenizer, 1, part)
 
 # %% ../../nbs/7_using/02_refusals.ipynb #4af90f3a
 def length_note(config: TrainConfig, tokens: TokenFile) -> list[str]:
     "Lines about sequences that are longer than any document; none where they are not."
     length, longest = config.model.max_seq_len, int(np.diff(tokens.document_starts).max())
     samples = config.run.eval_batches * config.run.batch_size
-    bert = kind_of(config.model) == "bert"
-    if length <= longest + SPECIALS * bert:
+    specials = architecture_of(config.model).special_tokens
+    if length <= longest + specials:
         return []
-    what = "the rest of a sample is padding" if bert else "a sample is of several"
+    what = "the rest of a sample is padding" if specials else "a sample is of several"
     return [
         f"{'length':10} {length:,} tokens; the longest document has {longest:,}, {what}",
         f"{'':10} first comes a validation on {samples:,} samples of that length",

@@ -66,7 +66,7 @@ class _Layers(Trunk):
         x = self.ln_emb(self.embed(input_ids) + self.token_types(token_types))  # (b, s, h)
         x = F.dropout(x, self.config.dropout, self.training)
         mask = visible(attention_mask)                                          # (b, 1, 1, s)
-        return self.ln_f(run_blocks(self.blocks, x, mask, recompute=self.config.recompute))
+        return self.ln_f(run_blocks(self.blocks, x, mask, recompute=self.recompute))
 
 # %% ../../nbs/4_models/05_bert.ipynb #c8835a3a
 class TokenHead(nn.Module):

@@ -46,6 +46,8 @@ def _check_length(length: int, limit: int) -> None:
 class Trunk(nn.Module):
     "Tables of words and positions, and the output layer that is tied to the words."
 
+    recompute = False       # whether blocks run again in the backward pass: a setting of the run
+
     def __init__(
         self,
         config: ModelConfig,
@@ -121,7 +123,7 @@ class _Layers(Trunk):
     ) -> torch.Tensor:                  # (b, s, h), equal on every rank
         "What the output layer reads. `ValueError` for unknown ids and for too long a sequence."
         x = F.dropout(self.embed(input_ids), self.config.dropout, self.training)
-        return self.ln_f(run_blocks(self.blocks, x, recompute=self.config.recompute))
+        return self.ln_f(run_blocks(self.blocks, x, recompute=self.recompute))
 
 # %% ../../nbs/4_models/04_gpt2.ipynb #d01cc5cb
 class GPT2(_Layers):

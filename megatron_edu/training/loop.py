@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from ..comm import all_reduce
-from ..config import BertConfig
 from ..data.sampler import BatchSampler
 from ..data.token_file import TokenFile
-from ..data.wordpiece import WordPiece, load_wordpiece
+from ..data.prepare import read_tokenizer
+from ..data.wordpiece import WordPiece
 from ..errors import Stopped, handled
 from ..mesh import ParallelGroups
-from ..models import build_model
+from ..models.architecture import architecture_of, build_model
 from ..models.gpt2 import Trunk
 from ..owner import Owner, own_run
 from megatron_edu.resume import (
@@ -120,6 +120,7 @@ def begin_run(
 ) -> Run:
     "Model, optimizer and data of a run. Raises `ValueError` for what does not fit together."
     model = build_model(config.model, groups.tp_group, seed=config.run.seed).to(device)
+    model.recompute = config.run.recompute
     optimizer = make_optimizer(model, config.optimizer)
     state, notes = {"step": 0, "consumed": 0}, []
     if checkpoint is not None:
@@ -288,5 +289,6 @@ def train_from_folder(
     owner: Owner | None = None,     # of the run's folder; None: the first rank owns it meanwhile
 ) -> None:
     "What each rank of a training run does."
-    pieces = load_wordpiece(tokenizer) if isinstance(config.model, BertConfig) else None
+    kind = architecture_of(config.model)
+    pieces = read_tokenizer(tokenizer, kind.tokenizer) if kind.special_tokens else None
     train(config, TokenFile(tokens), groups, device, pieces, owner=owner)
