@@ -612,7 +612,7 @@ def begun(tmp_path_factory):
     (folder / "texts" / "b.jsonl").write_text(json.dumps({"text": TEXT * 200}) + "\n")
     (folder / "other.txt").write_text(OTHER * 600)
     prepare((folder / "texts",), folder / "ready", vocab_size=280)
-    prepare((folder / "texts",), folder / "pieces", vocab_size=60, model="bert")
+    prepare((folder / "texts",), folder / "pieces", vocab_size=60, kind="wordpiece")
     more = "--steps 2 --seed 3 --vocab-size 290"
     me(f"train {SHORT} --data {folder}/texts --out {folder}/run {more}")
     me(f"train {SHORT} --data {folder}/ready --out {folder}/tokens-run --steps 2")
@@ -1008,5 +1008,6 @@ def test_dropout_and_recomputation_are_not_of_the_weights(here):
     theirs("theirs", tokenizer="ready/tokenizer.json")
     more = "--dropout 0.3 --recompute --vocab-multiple 64 --steps 1 --batch-size 4"
     me(f"train --init-from theirs --data ready --out new {more}")
-    model = config_of("new", 1)["model"]
-    assert (model["dropout"], model["recompute"], model["vocab_multiple"]) == (0.3, True, 64)
+    told = config_of("new", 1)
+    model, recompute = told["model"], told["run"]["recompute"]
+    assert (model["dropout"], recompute, model["vocab_multiple"]) == (0.3, True, 64)
