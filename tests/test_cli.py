@@ -142,7 +142,7 @@ def test_help_of_train_offers_every_field(capsys, verb, preset):
     for part in (config.model, config.run, config.optimizer, config.parallel):
         for field in dataclasses.fields(part):
             offered = re.search(rf"--{field.name.replace('_', '-')}[ ,]", text) is not None
-            assert offered == (field.name != "pp"), field.name      # not before there is a pipeline
+            assert offered == (field.name not in ("pp", "cp")), field.name
     assert "--data" in text and "--tokenizer" in text and "--text-field" in text
 
 
@@ -330,7 +330,7 @@ def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
     options = "--data", *texts, "--out", out, "--text-field", "body"
     train_verb.find_tokens(arguments(*options, "--vocab-size", 400))
     train_verb.find_tokens(arguments(*options, "--tokenizer", given, "--lossy"))
-    rest = "body", "gpt2"
+    rest = "body", "bpe"
     first, second = (texts, out, None, 400, *rest, False), (texts, out, given, 512, *rest, True)
     assert seen == [first, second]
 
@@ -1248,8 +1248,9 @@ def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):
 def test_the_demo_of_each_model_is_called(monkeypatch, tmp_path):
     called, lights = {}, []
     monkeypatch.setattr(demo_verb, "show_lights", lambda kind, say: lights.append(kind) or True)
-    for model, name in (("gpt2", "demo"), ("bert", "demo_bert")):
-        monkeypatch.setattr(demo_verb, name, lambda asked, say, m=model: called.update({m: asked}))
+    for model, name in (("gpt2", "gpt2.demo"), ("bert", "bert.demo_bert")):
+        name = f"megatron_edu.demo.{name}"
+        monkeypatch.setattr(name, lambda asked, say, m=model: called.update({m: asked}))
     cli.main(["demo", "--out", str(tmp_path), "--steps", "3"])
     cli.main(["demo", "--model", "bert", "--tp", "4"])
     assert lights == ["gpt2", "bert"]

@@ -653,6 +653,40 @@ def test_options_that_are_not_given_are_the_runs(here, capsys, name):
     assert [line.split(":")[0] for line in changed] == ["steps 2 -> 4", "learning rate of step 3"]
 
 
+def older(folder):
+    "As it was when recomputation was the model's: on."
+    path = Path(folder) / "config.json"
+    found = json.loads(path.read_text())
+    del found["run"]["recompute"]
+    found["model"]["recompute"] = True
+    path.write_text(json.dumps(found))
+
+
+def test_an_older_checkpoint_has_recomputation_among_the_models_fields(here, capsys):
+    checkpoint = latest_checkpoint(Path("run"))
+    model = resume.load_config(checkpoint)
+    older(checkpoint)
+    assert resume.load_config(checkpoint) == model == read_checkpoint(checkpoint).model
+    assert read_checkpoint(checkpoint).settings.run.recompute
+    me("train --out run --resume auto --steps 3")
+    assert config_of("run", 3)["run"]["recompute"]
+    assert not re.search("recompute .* -> ", capsys.readouterr().out)
+    assert "recompute" not in config_of("run", 3)["model"]
+    me("train --out run --resume auto --steps 4 --no-recompute")
+    assert "recompute True -> False: less memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["yes", None, 1])
+def test_an_older_checkpoint_with_another_value_is_damaged(here, value):
+    checkpoint = latest_checkpoint(Path("run"))
+    older(checkpoint)
+    path = checkpoint / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('recompute": true', f'recompute": {json.dumps(value)}'))
+    with pytest.raises(ValueError, match="config.json: run: recompute=.*must be True or False"):
+        read_checkpoint(checkpoint)
+
+
 def test_a_run_that_was_stopped_needs_no_option(fresh, capsys):
     whole = losses("fresh")
     shutil.rmtree("fresh/step-00000002")
