@@ -182,6 +182,7 @@ class DemoConfig:
     tp: int = 2                             # tensor-parallel ranks that train
     seed: int = 1                           # of weights, samples and text
     model: KINDS = DEFAULT                  # model to train
+    quiet: bool = False                     # say nothing but errors; the run is written
 
     def __post_init__(self):
         check_kinds(self)
@@ -209,6 +210,7 @@ class BenchConfig:
     rounds: int = 8                         # interleaved rounds
     seconds: float = 2.0                    # of each contender in a round, at least one step
     out: Path | None = None                 # folder for results.md and results.json; None: print
+    quiet: bool = False                     # say nothing but errors; the tables go to `out` alone
 
     def __post_init__(self):
         check_kinds(self)
@@ -220,4 +222,9 @@ class BenchConfig:
         if self.rounds < 2 or not 0 < self.seconds < math.inf:
             raise ValueError(
                 f"rounds={self.rounds}, seconds={self.seconds}: 2 rounds or more, more than 0 s"
+            )
+        if self.quiet and self.out is None:
+            raise ValueError(
+                "quiet=True, out=None: nothing would be left of the times; name a folder with "
+                "--out, or leave --quiet out"
             )

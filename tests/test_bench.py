@@ -130,15 +130,17 @@ def test_every_case_names_contenders_that_there_are():
             assert {a, b} <= set(case.contenders) and 0 < goal < 2
 
 
-def test_what_is_written_can_be_read(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_is_written_can_be_read(tmp_path, monkeypatch, capsys, quiet):
     measured = result([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])
     monkeypatch.setattr(bench, "measure", lambda case, rounds, seconds: measured)
-    bench.bench(BenchConfig(cases=("fp32-batch-8",), out=tmp_path / "new"))
+    bench.bench(BenchConfig(cases=("fp32-batch-8",), out=tmp_path / "new", quiet=quiet))
     numbers = json.loads((tmp_path / "new" / "results.json").read_text())
     assert numbers["fp32-batch-8"]["seconds"] == measured.seconds
     page = (tmp_path / "new" / "results.md").read_text()
     assert page.startswith(bench.machine()) and bench.report(measured) in page
-    assert bench.report(measured) in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed == "" if quiet else bench.report(measured) in printed
 
 
 def test_without_transformers_other_cases_can_be_measured(monkeypatch):
@@ -152,6 +154,7 @@ def test_without_transformers_other_cases_can_be_measured(monkeypatch):
     ({"cases": ("fp64-batch-8",)}, "fp64-batch-8"),
     ({"rounds": 1}, "2 rounds or more"),
     ({"seconds": 0.0}, "more than 0 s"),
+    ({"quiet": True}, "name a folder with --out, or leave --quiet out"),
 ])
 def test_refused(fields, rule):
     with pytest.raises(ValueError, match=rule):

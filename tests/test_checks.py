@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_edu.checks import check_seed
+from megatron_edu.checks import check_kind, check_seed
 from megatron_edu.settings import (
     BENCH_CASES,
     BenchConfig,
@@ -62,6 +62,12 @@ def test_another_kind_is_a_type_error(make, words):
 def test_a_wrong_value_is_a_value_error(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_a_long_value_is_shortened_in_the_message():
+    with pytest.raises(TypeError, match="^x='yyy.*: must be a whole number$") as caught:
+        check_kind("x", "y" * 10**5, int)
+    assert len(str(caught.value)) < 100
 
 
 def test_what_fits_is_taken():

@@ -19,7 +19,7 @@ from gpt2_cases import config
 from tokenizers import normalizers
 
 from megatron_edu import cli
-from megatron_edu.cli import checks, options, parse
+from megatron_edu.cli import checks, command, options, parse
 from megatron_edu.cli import demo as demo_verb
 from megatron_edu.cli import generate as generate_verb
 from megatron_edu.cli import presets as presets_verb
@@ -387,6 +387,7 @@ def no_ranks(monkeypatch):
         (["--dp", 3], "--batch-size 4 does not divide .* on 3 data-parallel ranks"),
         (["--micro-batch", 3], "train: --batch-size 4 does not divide into .* of 3 .* use 3 or 6$"),
         (["--tp", 0], "tp=0: an axis has at least 1 rank"),
+        (["--precision", "tf32"], "tf32: .* products .* on GPUs, .* use --precision fp32 or bf16$"),
         (["--preset", "huge"], "preset 'huge' is unknown; use one of tiny, laptop"),
         (["--model", "t5"], "model 't5' is unknown; use one of gpt2, bert"),
         (["--model", "bert"], "--model bert --preset tiny: .* is a gpt2; .* use one of bert-tiny,"),
@@ -460,7 +461,7 @@ def one_document(folder):
         (short_tokens, "tokens.bin: cut short"),
         (no_index, "tokens.idx: no such file"),
         (large_ids, "token id 512 .* outside the vocabulary of 512"),
-        (one_document, "1 documents cannot be split in 2 parts"),
+        (one_document, "1 documents cannot be split in 2 parts; .* divide it among more files"),
     ],
 )
 def test_a_token_file_that_is_damaged(corpus, tmp_path, capsys, damage, words):
@@ -667,6 +668,66 @@ def test_a_missing_option_is_named(corpus, tmp_path, capsys):
     assert "--out" in refusal(capsys, "train", "--data", corpus / "ready")
     text = refusal(capsys, "train", "--data", corpus / "ready", "--out", tmp_path, "--stepz", 3)
     assert "--stepz" in text
+
+
+@pytest.mark.parametrize("verb", ["demo", "bench", "train", "prepare", "convert"])
+def test_quiet_is_an_option_of_every_verb_that_reports(monkeypatch, capsys, verb):
+    "And `main` obeys it, whatever the verb's module does."
+    asked = SimpleNamespace(quiet=True)
+    monkeypatch.setattr(command, "parse", lambda name, words: asked)
+    module = SimpleNamespace(run=lambda told: print("progress", told))
+    monkeypatch.setattr(command, "import_module", lambda name: module)
+    assert "quiet" in {field.name for field in dataclasses.fields(options.VERBS[verb].arguments)}
+    cli.main([verb])
+    assert capsys.readouterr().out == ""
+    asked.quiet = False
+    cli.main([verb])
+    assert "progress" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("generate x --top-k 5.5", "--top-k 5.5: must be a whole number in digits, or None;"),
+        ("generate x --tokens 1e3", "--tokens 1e3: must be a whole number in digits;"),
+        ("generate x --tp=2.0", "--tp 2.0: must be a whole number in digits;"),
+        ("train --out x --data y --micro-batch half", "--micro-batch half: must be a whole number"),
+        ("train --out x --data y --num-layers inf", "--num-layers inf: must be a whole number in"),
+        ("bench --rounds 2,5", "--rounds 2,5: must be a whole number in digits;"),
+        ("demo --steps \u2500", "--steps \\u2500: must be a whole number in digits;"),
+        ("prepare x --out y --vocab-size " + "x" * 999, f"--vocab-size {'x' * 40}: must be a"),
+        ("generate x --top-p half", "--top-p half: must be a number;"),
+        ("generate x --seed -1", "generate: seed=-1: must be from 0"),
+        ("generate x --stop\u2500", "Unrecognized options: --stop\u2500"),
+    ],
+)
+def test_what_is_no_number_is_said_with_its_option_and_rule(capsys, words, text):
+    said = refusal(capsys, *words.split())
+    assert text in said and "parsing" not in said and "int()" not in said
+
+
+def test_numbers_that_may_be_none_are_read():
+    read = parse.parse("generate", ["x", "--top-k", "None"])
+    assert (read.sampling.top_k, parse.parse("generate", ["x", "--top-k", "7"]).sampling.top_k) == (
+        None, 7
+    )
+
+
+@pytest.mark.usefixtures("no_ranks")
+@pytest.mark.parametrize("more", [[], ["--resume", "never"], ["--preset", "tiny"]])
+def test_without_data_a_run_that_is_there_is_named_with_the_way_to_go_on(run, capsys, more):
+    text = refusal(capsys, "train", "--out", run, *more)
+    assert f"{run} holds a run (step-00000004)" in text and "go on with --resume auto" in text
+    cli.main(["train", "--out", str(run), "--resume", "auto"])      # the remedy
+    assert "4 of 4 steps are done" in capsys.readouterr().out
+
+
+def test_without_data_a_converted_model_is_named_with_the_way_to_begin(run, tmp_path, capsys):
+    there, back = tmp_path / "there", tmp_path / "back"
+    cli.main(["convert", "--from", str(run), "--to", str(there)])
+    cli.main(["convert", "--from", str(there), "--to", str(back), "--format", "megatron_edu"])
+    assert f"--init-from {back} and another --out" in refusal(capsys, "train", "--out", back)
+    assert "Missing" in refusal(capsys, "train", "--out", tmp_path / "new")
 
 
 @pytest.mark.usefixtures("no_ranks")
@@ -885,6 +946,7 @@ def test_generate_refuses(run, tmp_path, capsys):
     assert "nearest is --version" in refusal(capsys, "--versoin")
     assert "holds no tokenizer.json" in refusal(capsys, "generate", tmp_path)
     assert "into --prompt -" in refusal(capsys, "generate", run, "--prompt", "caf\udce9")
+    assert "into --prompt -" in refusal(capsys, "generate", run, "--prompt=caf\udce9")
     assert "rename the file" in refusal(capsys, "generate", "caf\udce9")
     assert "tokens=0: must be a whole" in refusal(capsys, "generate", run, "--tokens", 0)
     assert "too large" in refusal(capsys, "generate", run, "--tokens", 10**20)     # nothing printed
@@ -1251,8 +1313,8 @@ def test_the_demo_of_each_model_is_called(monkeypatch, tmp_path):
     for model, name in (("gpt2", "gpt2.demo"), ("bert", "bert.demo_bert")):
         name = f"megatron_edu.demo.{name}"
         monkeypatch.setattr(name, lambda asked, say, m=model: called.update({m: asked}))
-    cli.main(["demo", "--out", str(tmp_path), "--steps", "3"])
+    cli.main(["demo", "--out", str(tmp_path), "--steps", "3", "--quiet"])
     cli.main(["demo", "--model", "bert", "--tp", "4"])
-    assert lights == ["gpt2", "bert"]
+    assert lights == ["gpt2", "bert"] and called["gpt2"].quiet and not called["bert"].quiet
     assert (called["gpt2"].model, called["gpt2"].steps, called["gpt2"].out) == ("gpt2", 3, tmp_path)
     assert (called["bert"].model, called["bert"].steps, called["bert"].tp) == ("bert", 2000, 4)

@@ -107,6 +107,7 @@ def test_line_ends_and_the_byte_order_mark_are_taken_off(tmp_path):
         ("[" * 100_000, "is not JSON"),
         ('["text"]', "no string in field 'text' (found: list)"),
         ('{"body": "x", "id": 1}', "no string in field 'text' (found: ['body', 'id'])"),
+        ('{"body": "x"}', "name the right field with text_field= (--text-field)"),
         ('{"text": 3}', "no string in field 'text'"),
         (r'{"text": "\ud83d"}', "half a surrogate pair"),
         ('{"text": "x", "n": ' + "9" * 5000 + "}", "is not JSON (Exceeds the limit"),

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -15,7 +16,13 @@ from megatron_edu.data.gpt2 import GPT2Samples, split_documents
 from megatron_edu.data.sampler import BatchSampler
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import tokenize_to_file
-from megatron_edu.data.tokenizer import Codec, Tokenizer, load_tokenizer, train_tokenizer
+from megatron_edu.data.tokenizer import (
+    Codec,
+    NoToken,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 from megatron_edu.data.wordpiece import SPECIAL, WordPiece, load_wordpiece, train_wordpiece
 from megatron_edu.data.prepare import prepare, read_tokenizer
 
@@ -208,6 +215,17 @@ def test_a_panic_on_a_text_is_a_refusal(bpe):
         codec.encode("ab")
 
 
+def test_a_long_text_is_shortened_in_the_message(bpe):
+    def encode(text, add_special_tokens):
+        raise ValueError(f"no token in {text}")
+
+    codec = Codec(bpe.core)
+    codec.core = SimpleNamespace(encode=encode)
+    with pytest.raises(NoToken, match="cannot be encoded .no token in x") as caught:
+        codec.encode("x" * 10**5)
+    assert len(str(caught.value)) < 600
+
+
 def test_gaps_are_allowed(bpe, tmp_path):
     size = bpe.vocab_size
     changed(bpe, tmp_path / "tok.json", lambda d: d["model"]["vocab"].update(zz=size + 2))
@@ -266,6 +284,29 @@ def test_of_several_pairs_the_usual_one_is_read_or_a_name_asked_for(pair, bpe):
     with pytest.raises(ValueError, match=r"several tokenizers; name .*my-vocab.json, your-vocab"):
         load_tokenizer(pair)
     assert load_tokenizer(pair / "my-merges.txt").vocab_size == bpe.vocab_size
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "gpt2-vocab.json", "encoder.json", "merges.txt"])
+def test_a_whole_tokenizer_is_known_by_its_content(bpe, tmp_path, name):
+    bpe.save(tmp_path / name)
+    assert load_tokenizer(tmp_path / name).encode(TEXT) == bpe.encode(TEXT)
+    if name != "merges.txt":    # found by name in a folder, with merges or without
+        assert load_tokenizer(tmp_path).encode(TEXT) == bpe.encode(TEXT)
+        merges = name.replace("encoder.json", "vocab.bpe").replace("vocab.json", "merges.txt")
+        (tmp_path / merges).write_text("#version: 0.2\n")
+        assert load_tokenizer(tmp_path).encode(TEXT) == bpe.encode(TEXT)
+
+
+def test_a_vocabulary_with_the_word_model_is_a_vocabulary(pair, bpe):
+    path = pair / "gpt2-vocab.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": bpe.vocab_size}))
+    assert load_tokenizer(path).vocab_size == bpe.vocab_size + 1
+
+
+def test_a_whole_wordpiece_is_known_by_its_content(wordpiece, tmp_path):
+    wordpiece.save(tmp_path / "vocab.txt")
+    for path in (tmp_path, tmp_path / "vocab.txt"):
+        assert load_wordpiece(path).encode(TEXT) == wordpiece.encode(TEXT)
 
 
 def test_gpt2_is_read_by_its_vocabulary_alone(data_folder):
@@ -339,7 +380,7 @@ WRONG = {
     ),
     "a tokenizer of a number": (lambda f: load_tokenizer(3), "^path=3: must be a text or a path"),
     "a WordPiece of nothing": (lambda f: load_wordpiece(None), "^path=None: must be a text or"),
-    "training on one text": (lambda f: train_tokenizer(TEXT, 300), "^documents='the cat.*several"),
+    "training on one text": (lambda f: train_tokenizer(TEXT * 99, 300), "^documents=.*several"),
     "training on one text, for BERT": (lambda f: train_wordpiece(TEXT, 90), "^documents='the"),
     "a vocabulary of 3e2": (
         lambda f: train_tokenizer([TEXT], 300.0),
@@ -387,8 +428,9 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_the_wrong_kind_of_thing_says_so_in_our_words(name, file):
     make, words = WRONG[name]
-    with pytest.raises(TypeError, match=words):
+    with pytest.raises(TypeError, match=words) as caught:
         make(file)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("fractions", [(float("nan"), 1), (1, float("nan")), (float("inf"), 0)])

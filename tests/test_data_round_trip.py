@@ -253,8 +253,20 @@ def test_a_prompt_that_cannot_be_expressed_is_refused():
         encode_prompt(Tokenizer(words()), "the Zebra")
     with pytest.raises(ValueError, match="no token for 'KUN'"):  # letters of [UNK]
         encode_prompt(Tokenizer(words_with_unknown()), "the KUN")
-    with pytest.raises(ValueError, match="is not UTF-8"):
+    with pytest.raises(ValueError, match="'a.udcff' is not UTF-8; give it as UTF-8 text"):
         encode_prompt(bytes_, "a\udcff")
+    for prompt in ("a " * 10**5 + "\udcff", "a " * 10**5 + "Ж" * 10**5):
+        with pytest.raises(ValueError, match="^prompt 'a a a") as caught:
+            encode_prompt(letters, prompt)
+        assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "word", ["Ж" * 10**5, "a" + "".join(map(chr, range(0x4E00, 0x5E00)))], ids=["one", "many"]
+)
+def test_a_long_word_is_shortened_in_the_message(word):
+    said = RoundTrip(Tokenizer(bpe_of_letters())).message(f"the cat {word}")
+    assert "the tokenizer has no token for '" in said and len(said) < 400
 
 
 def test_a_document_knows_its_place():

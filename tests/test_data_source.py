@@ -102,13 +102,29 @@ def another_order(book):
     return order, ["b.jsonl: not the text", "a.txt: not the text"]
 
 
+def another_of_that_size_and_time(book):
+    stat = (book / "a.txt").stat()
+    (book / "z.txt").write_text("ONE")
+    os.utime(book / "z.txt", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    return [book / "z.txt", book / "b.jsonl", book / "part"], ["z.txt: not the text"]
+
+
 def no_such_path(book):
     paths = [book / "a.txt", book / "b.jsonl", book / "absent.txt"]
     return paths, ["absent.txt: no such path, and", "c.txt: the tokens were made of it"]
 
 
 @pytest.mark.parametrize(
-    "change", [rewritten, grown, one_more, one_less, another_order, no_such_path]
+    "change",
+    [
+        rewritten,
+        grown,
+        one_more,
+        one_less,
+        another_order,
+        another_of_that_size_and_time,
+        no_such_path,
+    ],
 )
 def test_another_text_is_named(book, recorded, change):
     paths, words = change(book)

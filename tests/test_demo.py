@@ -126,6 +126,15 @@ def test_the_whole_of_it(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_quiet_demo_writes_its_run(tmp_path, capfd, monkeypatch, tp):
+    good = [Row(1, 1.0, 1.0, Report(0, 0, 0, 0))]
+    monkeypatch.setattr(megatron_edu.demo.gpt2, "compare_splits", lambda *args: good)
+    assert demo(DemoConfig(tmp_path, steps=2, tp=tp, quiet=True)) == good
+    assert capfd.readouterr() == ("", "") and len(read_metrics(tmp_path)) == 2
+
+
+@pytest.mark.usefixtures("small")
 def test_a_split_that_differs_is_an_error(tmp_path, monkeypatch):
     good, bad = Report(0, 0, 0, 0), Report(0, 0, 1e-3, 0)
     rows = [Row(1, 1.0, 1.0, good), Row(2, 1.0, 1.0, bad)]
@@ -195,6 +204,13 @@ def test_a_folder_that_is_none_for_a_demo_is_refused_before_any_light(monkeypatc
     for out in (tmp_path, tmp_path / "mine.txt"):
         with pytest.raises(ValueError, match=str(out)):
             verb.run(DemoConfig(out))
+
+
+def test_ranks_that_do_not_divide_are_refused_before_any_light(monkeypatch, tmp_path):
+    monkeypatch.setattr(verb, "Ranks", lambda size: pytest.fail("ranks start"))
+    with pytest.raises(ValueError, match="tp=5: it must divide num_heads"):
+        verb.run(DemoConfig(tmp_path / "run", tp=5))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_demo_takes_at_least_one_step():

@@ -9,6 +9,7 @@ import pytest
 import safetensors
 import torch
 
+from megatron_edu.cli.net import signals_raise
 from megatron_edu.config import GPT2Config
 from megatron_edu.errors import RankError, Stopped
 from megatron_edu.failures import PACKAGE, in_words, raised_by_us
@@ -101,6 +102,18 @@ def test_exceptions_of_a_run_have_their_numbers():
     assert (rank.rank, str(rank)) == (3, "rank 3 failed: it")
     stop = pickle.loads(pickle.dumps(Stopped(signal.SIGHUP)))
     assert (stop.status, str(stop)) == (129, "stopped by SIGHUP")
+
+
+def test_a_hangup_that_was_ignored_from_the_start_ends_no_verb():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)   # as under nohup
+    try:
+        with signals_raise():
+            signal.raise_signal(signal.SIGHUP)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(Stopped), signals_raise():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_no_library_takes_a_stop_for_its_own_failure():

@@ -763,8 +763,8 @@ def test_after_a_kill_the_run_goes_on(tmp_path):
         with own_run(run, **QUICK):
             pytest.fail("taken")
     process.send_signal(signal.SIGKILL)
-    while owner._started(process.pid) is not None:  # a zombie counts as gone
-        time.sleep(0.01)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and stays a zombie
+    assert owner._started(process.pid) is None
     said = []
     with own_run(run, touch=0.2, say=said.append):
         assert sorted(path.name for path in run.iterdir()) == [MARK, LOCK]

@@ -46,6 +46,8 @@ def test_help_and_mistakes_need_no_torch():
 
 def test_the_package_says_what_it_is():
     assert megatron_edu.__doc__ and re.fullmatch(r"\d+\.\d+\.\d+", megatron_edu.__version__)
+    names = "Ranks ParallelDims GPT2 GPT2Config Bert BertConfig PRESETS check_equivalence train"
+    assert {*names.split(), "load_huggingface", "save_huggingface"} <= megatron_edu.PUBLIC.keys()
     for name in megatron_edu.PUBLIC:
         assert getattr(megatron_edu, name) is not None and name in dir(megatron_edu)
     with pytest.raises(AttributeError, match="no_such_name"):

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import warnings
+from importlib import import_module
 
 import pytest
 import torch
@@ -310,6 +311,14 @@ def test_a_number_that_is_none_is_refused_by_name(spoil, kind, field, value):
     assert f"{field} is " in said and "must be a number from 0" in said
 
 
+@pytest.mark.parametrize(
+    "kind, field",
+    [("gpt2", "n_layer"), ("gpt2", "activation_function"), ("bert", "hidden_dropout_prob")],
+)
+def test_a_long_value_is_shortened_in_the_message(spoil, kind, field):
+    assert len(refusal(spoil(kind, fields={field: "9" * 10**5}))) < 600
+
+
 HUGE = [
     ("gpt2", "n_embd", 10**9),
     ("gpt2", "n_layer", 10**9),
@@ -332,6 +341,8 @@ def test_a_model_that_memory_cannot_hold_is_refused_with_the_estimate(spoil, kin
 def test_more_layers_than_tensors_are_refused_before_they_are_counted(spoil, kind, monkeypatch):
     "Where memory is not known."
     monkeypatch.setattr(megatron_edu.interop.checks, "available_memory", lambda: None)
+    module = import_module(f"megatron_edu.interop.huggingface_{kind}")
+    monkeypatch.setattr(module, "names", lambda config: pytest.fail("the layers are counted"))
     said = refusal(spoil(kind, fields={FIELD[kind]: 2**31 - 1}))
     assert "the weights have 2 layers, but" in said
 
@@ -344,6 +355,8 @@ def test_more_layers_than_tensors_are_refused_before_they_are_counted(spoil, kin
         (b"{", "cannot be read"),
         (b"[1]", "holds \\[1\\], and no object"),
         (b'"text"', "no object"),
+        (b"[" + b'"word", ' * 10**4 + b"1]", "no object"),
+        (b'"' + b"x" * 10**5 + b'"', "no object"),
         (b"12", "no object"),
         (b"null", "no object"),
         (b"\xff\xfe\x00", "cannot be read"),
@@ -401,7 +414,7 @@ def test_an_index_that_leads_elsewhere_is_refused(spoil, kind, file):
     there = spoil(kind)
     shutil.copy(there / FILE, there.parent / "outside.safetensors")
     said = refusal(with_index(there, {TABLE[kind]: file}))
-    assert "no readable model.safetensors" in said and INDEX in said
+    assert "no readable model.safetensors" in said and INDEX in said and len(said) < 600
 
 
 @both

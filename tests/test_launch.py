@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from limits import FOREVER, HANG
+from limits import FOREVER, HANG, wait_for
 
 from megatron_edu.comm import all_reduce, broadcast
 from megatron_edu.errors import Stopped
@@ -242,7 +242,7 @@ def test_a_run_goes_on_when_a_late_rank_comes(gloo, monkeypatch, capfd):
 
 ENVIRONMENT = {
     **os.environ,
-    "PYTHONPATH": os.path.dirname(__file__),
+    "PYTHONPATH": os.pathsep.join(sys.path),    # the package that is tested, and these tests
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
 }
@@ -347,6 +347,20 @@ def test_ctrl_c_twice_ends_at_once(tmp_path, training):
     assert training.returncode == 130
 
 
+HUP, INT, TERM = signal.SIGHUP, signal.SIGINT, signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("asked", "twice"),
+    [([INT], False), ([HUP, HUP], False), ([HUP, INT], False), ([INT, INT], True),
+     ([TERM, HUP, INT], True)],
+)
+def test_a_second_hangup_of_a_terminal_is_no_second_request(asked, twice):
+    crew = launch_module._Crew(ParallelDims(dp=2), 60, print)
+    crew.asked = asked
+    assert crew.asked_twice() == twice
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("delay", [0.0, 1.0, 2.5])
 def test_a_signal_while_ranks_start_ends_in_one_line(tmp_path, number, delay):
@@ -382,9 +396,11 @@ def test_no_rank_outlives_a_launcher_killed_while_they_start(tmp_path, delay):
 
 
 JOIN = """
+import os
 import sys
 import test_launch
 from megatron_edu.mesh import ParallelDims
+test_launch.torch.cuda.device_count = lambda: 8 * int(os.environ["RANK"])   # none on rank 0
 for view in test_launch.launch(test_launch.look_around, ParallelDims(dp=2), 10):
     sys.stdout.write(f"view {view['rank']} {view['total']}\\n")     # one write: two ranks share it
 """
@@ -463,6 +479,14 @@ def test_machines_with_different_gpus_agree_on_the_backend(monkeypatch, gpus):
         agreed = list(pool.map(agree, range(4)))
     assert len(set(agreed)) == 1
     assert agreed[0][0] == ("nccl" if min(gpus) >= 2 else "gloo")
+
+
+def test_a_process_that_has_ended_is_not_there():
+    "Nor one that its parent has not asked for yet: torchrun asks late."
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        wait_for(lambda: not alive(ended.pid), "its end")
+        assert launch_module.exists(os.getpid()) and not launch_module.exists(ended.pid)
+    assert not launch_module.exists(ended.pid)
 
 
 def test_the_limit_of_a_collective_leaves_time_to_save(monkeypatch):

@@ -543,8 +543,9 @@ def test_validation_of_a_bert_makes_few_logits_at_a_time(monkeypatch):
 @pytest.mark.parametrize("before", ["highest", "high"])
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_products_of_a_gpu_are_what_was_asked_for_and_the_setting_is_put_back(before, precision):
-    usual = torch.get_float32_matmul_precision()
+    usual = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision(before)
+    torch.backends.cudnn.allow_tf32 = before == "high"
     try:
         with pytest.raises(KeyError), step.float32_products(precision, torch.device("cuda")):
             wanted = "high" if precision == "tf32" else "highest"
@@ -552,8 +553,22 @@ def test_products_of_a_gpu_are_what_was_asked_for_and_the_setting_is_put_back(be
             assert torch.backends.cudnn.allow_tf32 == (precision == "tf32")
             raise KeyError
         assert torch.get_float32_matmul_precision() == before
+        assert torch.backends.cudnn.allow_tf32 == (before == "high")
     finally:
-        torch.set_float32_matmul_precision(usual)
+        torch.set_float32_matmul_precision(usual[0])
+        torch.backends.cudnn.allow_tf32 = usual[1]
+
+
+def test_steps_and_validation_multiply_as_was_asked(monkeypatch, tmp_path, tokens):
+    asked = set()
+
+    def noted(name):
+        return lambda precision, device: asked.add((name, precision)) or contextlib.nullcontext()
+
+    monkeypatch.setattr("megatron_edu.training.step.float32_products", noted("step"))
+    monkeypatch.setattr("megatron_edu.training.validation.float32_products", noted("validation"))
+    run_here(plan(tmp_path, precision="tf32", steps=1), tokens)
+    assert asked == {("step", "tf32"), ("validation", "tf32")}
 
 
 @pytest.mark.parametrize(

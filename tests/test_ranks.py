@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from limits import FOREVER, HANG, wait_for
 
+from megatron_edu import ranks as ranks_module
 from megatron_edu.comm import all_reduce, broadcast
 from megatron_edu.machine import cpu_count
 from megatron_edu.mesh import ParallelDims
@@ -651,11 +652,19 @@ def test_a_limit_that_is_no_number_of_seconds_is_refused(monkeypatch, value):
 def test_a_folder_with_a_long_name_is_no_hindrance(folder):
     deep = folder / ("x" * 90)
     deep.mkdir()
-    process = start_script(folder, PIDS, TMPDIR=str(deep))
+    text = PIDS + "import tempfile\nsys.stderr.write(tempfile.gettempdir())"    # as it was
+    process = start_script(folder, text, TMPDIR=str(deep))
     pids = first_lines(process)
     _, errors = process.communicate(timeout=HANG)
-    assert process.returncode == 0 and errors == ""
+    assert process.returncode == 0 and errors == str(deep)
     assert all_gone(pids) and not list(deep.iterdir())
+
+
+def test_without_a_folder_with_a_short_name_the_remedy_is_said(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/tmp/" + "x" * 90)
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    with pytest.raises(OSError, match="a name of 95 letters.*; set TMPDIR to a folder with a name"):
+        ranks_module._make_room_for_sockets()
 
 
 def test_a_folder_that_is_missing_is_no_hindrance(folder):

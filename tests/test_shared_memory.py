@@ -311,14 +311,15 @@ def test_what_one_rank_lacks_no_rank_has(ranks, lack):
 @contextlib.contextmanager
 def offered(kind: str, folder: Path):
     "An offer of a machine of which this one is a copy, and the file that lies here in its place."
-    name = module._NAME if kind == "other memory of ours" else "somebody_else"
-    memory = kind in ("other memory of ours", "memory of others")
+    name = module._NAME if kind.endswith("memory of ours") else "somebody_else"
+    memory = "memory" in kind
     handle = os.memfd_create(name) if memory else os.open(folder / "file", os.O_RDWR | os.O_CREAT)
     os.write(handle, bytes(range(256)) * 16)
-    if kind == "a shorter file":
+    if "shorter" in kind:
         os.truncate(handle, 100)
     ends = os.pipe() if kind == "a pipe" else ()
-    number = bytes(range(module._PROOF)) if kind == "a file" else bytes(module._PROOF)
+    known = kind in ("a file", "shorter memory of ours")    # the number, by which it is found
+    number = bytes(range(module._PROOF)) if known else bytes(module._PROOF)
     try:
         yield (module._home(), os.getpid(), ends[0] if ends else handle, number), handle
     finally:
@@ -329,7 +330,15 @@ def offered(kind: str, folder: Path):
 if HERE:
 
     @pytest.mark.parametrize(
-        "kind", ["a file", "a shorter file", "a pipe", "other memory of ours", "memory of others"]
+        "kind",
+        [
+            "a file",
+            "a shorter file",
+            "a pipe",
+            "other memory of ours",
+            "shorter memory of ours",
+            "memory of others",
+        ],
     )
     def test_what_lies_where_another_machine_made_an_offer_is_left_alone(tmp_path, kind):
         with offered(kind, tmp_path) as (offer, handle):

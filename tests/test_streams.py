@@ -3,10 +3,12 @@
 import io
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from tqdm import tqdm
 
-from megatron_edu.streams import patient_streams
+from megatron_edu.streams import hushed, patient_streams
 
 LONG = "import sys\nfrom megatron_edu.streams import patient_streams\nwith patient_streams():\n"
 
@@ -52,6 +54,31 @@ def test_a_full_disk_is_not_a_reader_that_left():
     code = LONG + "    print('x')\n"
     status, _, errors = shell(code, "> /dev/full")
     assert status == 1 and "No space left on device" in errors
+
+
+@pytest.mark.parametrize("words", [["presets"], ["--version"], ["train", "--help"]])
+def test_output_that_cannot_be_written_is_named_with_a_remedy(words):
+    code = f"from megatron_edu.cli import main\nmain({words!r})\n"
+    status, _, errors = shell(code, "> /dev/full")
+    assert status == 2 and errors.count("\n") == 1
+    assert "standard output could not be written (No space left on device); make room" in errors
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_quiet_verb_prints_nothing_and_shows_no_bar(monkeypatch, capsys, quiet):
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+
+    def work(config, text):
+        print(text)
+        list(tqdm(range(2), disable=None))
+        print("a remark", file=sys.stderr)
+        return text
+
+    assert hushed(work)(SimpleNamespace(quiet=quiet), "words") == "words"
+    out, err = capsys.readouterr()
+    assert out == "words\n" * (not quiet) and (err == "a remark\n") == quiet
+    assert hushed(work)(SimpleNamespace(), "words") and capsys.readouterr().out == "words\n"
 
 
 @pytest.mark.parametrize("words", [["nonsense"], ["generate", "absent"], ["presets"]])

@@ -13,6 +13,7 @@ import megatron_edu
 from .net import net
 from .options import VERBS
 from .parse import check_words, find_verb, parse
+from ..streams import hushed
 
 # %% ../../nbs/7_using/03_cli.ipynb #a12127a4
 def usage() -> str:
@@ -41,6 +42,6 @@ def _run(name: str, words: list[str]) -> None:
     verb = find_verb(name)
     check_words(words)
     asked = parse(name, words)      # before the verb's module, which imports PyTorch
-    status = import_module(f"megatron_edu.cli.{verb.module}").run(asked)
+    status = hushed(import_module(f"megatron_edu.cli.{verb.module}").run)(asked)
     if status:
         sys.exit(status)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BESIDE', 'KEPT', 'PATIENCE', 'find_tokenizer', 'check_vocabulary', 'weights_tokenizer', 'Tokens', 'find_tokens',
            'clear', 'own_tokens', 'check_ids_are', 'tokens_of_text', 'Plan', 'make_plan', 'shared_plan', 'plan_as_json',
-           'plan_from', 'train_on_rank', 'run', 'check_no_model']
+           'plan_from', 'train_on_rank', 'run']
 
 # %% ../../nbs/7_using/02_train.ipynb #19a839d5
 import json
@@ -21,17 +21,16 @@ from .banner import banner
 from megatron_edu.cli.checks import (
     check_plan,
     check_tokens,
-    check_unused,
     ids_checksum,
     run_tokenizer,
     same_ids,
 )
-from .options import TrainArguments
+from .options import TrainArguments, check_no_model, check_unused
 from .paint import silent
 from ..config import PRESETS, ModelConfig
 from ..data.source import describe_inputs, read_source, same_inputs
 from ..data.token_file import TokenFile
-from ..files import kind_in, read_mark, remove_files
+from ..files import read_mark, remove_files
 from ..machine import is_first_rank, under_torchrun
 from ..memory import check_memory, training_bytes
 from ..mesh import ParallelGroups
@@ -51,7 +50,6 @@ from megatron_edu.resume import (
     check_begun,
     check_same,
     check_tokens_are,
-    checkpoints,
     choose_checkpoint,
     plain,
     read_settings,
@@ -413,15 +411,6 @@ def run(arguments: TrainArguments) -> None:
         return
     with own_run(out) as owner:
         _train(arguments, owner)
-
-
-def check_no_model(out: Path) -> None:
-    "Raise `ValueError` for a model that was converted: it is no run, but one can begin with it."
-    if kind_in(out) not in (None, "run") and checkpoints(out):
-        raise ValueError(
-            f"{out} holds a model and no run; begin one with its weights by --init-from {out} and "
-            "another --out"
-        )
 
 
 def _train(

@@ -247,8 +247,8 @@ def split_documents(
     if num_documents < needed:
         raise ValueError(
             f"{num_documents} documents cannot be split in {needed} parts; each part needs one or "
-            "more; give more text (a .txt file is one document for every 16,384 characters, a "
-            ".jsonl file one a line), or ask for fewer parts"
+            "more; give more text, or divide it among more files: a .txt file is one document for "
+            "every 16,384 characters, a .jsonl file one a line"
         )
     bounds = [0]
     for k, fraction in enumerate(fractions):

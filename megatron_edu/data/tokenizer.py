@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EOD', 'EOD_TOKENS', 'PIECE', 'SEAM', 'SAID', 'GAPS', 'LONGEST', 'SPACES', 'RUNS', 'MOST', 'PAIRS', 'byte_level',
            'pieces', 'drop_stored', 'from_library', 'no_noise', 'NoToken', 'check_usable', 'unknown_id', 'Codec',
-           'Tokenizer', 'checked', 'short_words', 'check_vocab_size', 'train_tokenizer', 'readable', 'vocabulary_pair',
-           'load_tokenizer']
+           'Tokenizer', 'checked', 'short_words', 'check_vocab_size', 'train_tokenizer', 'readable', 'is_whole',
+           'vocabulary_pair', 'load_tokenizer']
 
 # %% ../../nbs/5_data/02_tokenizer.ipynb #cb62602b
 import json
@@ -295,6 +295,15 @@ def readable(
 PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}     # ends of the two files' names
 
 
+def is_whole(path: Path) -> bool:
+    "Whether a file holds a whole tokenizer, as `tokenizers` saves it, whatever its name."
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and isinstance(content.get("model"), dict)
+
+
 def vocabulary_pair(
     path: Path,                         # a folder, or either of the two files
 ) -> tuple[Path, Path] | None:          # None: there are none
@@ -305,7 +314,7 @@ def vocabulary_pair(
         ends = [(name, end) for name in names for end in (vocab, merges) if name.endswith(end)]
         stems = {name.removesuffix(end) for name, end in ends}
         found |= {(folder / f"{stem}{vocab}", folder / f"{stem}{merges}") for stem in stems}
-    whole = sorted(pair for pair in found if pair[0].is_file() and pair[1].is_file())
+    whole = sorted(p for p in found if p[0].is_file() and (p[1].is_file() or is_whole(p[0])))
     usual = [p for name in ("vocab.json", "gpt2-vocab.json") for p in whole if p[0].name == name]
     if found and not whole:
         missing = next(each for each in min(found) if not each.is_file())
@@ -331,12 +340,15 @@ def load_tokenizer(
     check_kind("path", path, str | Path)
     path = Path(path)
     single = path / "tokenizer.json" if path.is_dir() else path
-    pair = None if path.is_dir() and single.is_file() else vocabulary_pair(path)
+    named = single.is_file() and (path.is_dir() or is_whole(path))
+    pair = None if named else vocabulary_pair(path)
     if pair is None and not single.is_file():
         raise ValueError(
             f"{path}: no tokenizer there; it is read from a tokenizer.json, or from a folder with "
             "tokenizer.json or with vocab.json and merges.txt; correct the path"
         )
+    if pair is not None and is_whole(pair[0]):
+        single, pair = pair[0], None
     if pair is None:
         core = readable(single, lambda: tokenizers.Tokenizer.from_file(str(single)))
     else:

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from ..checks import check_kind
-from .tokenizer import Codec, check_vocab_size, checked, readable
+from .tokenizer import Codec, check_vocab_size, checked, is_whole, readable
 
 # %% ../../nbs/5_data/06_wordpiece.ipynb #1daa4b3b
 SPECIAL = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
@@ -134,7 +134,7 @@ def load_wordpiece(
             f"with one token a line, or from a folder with one of {', '.join(names)}; correct the "
             "path"
         )
-    if file.suffix == ".json":
+    if file.suffix == ".json" or is_whole(file):
         return WordPiece(readable(file, lambda: tokenizers.Tokenizer.from_file(str(file))))
     core = readable(file, lambda: uncased(models.WordPiece.from_file(str(file))))
     capitals = {token for token in core.get_vocab() if token != token.lower()} - set(SPECIAL)

@@ -23,6 +23,7 @@ from megatron_edu.demo.gpt2 import (
 from ..generate import fill_mask
 from ..models.architecture import ARCHITECTURES
 from ..settings import DemoConfig
+from ..streams import hushed
 from ..training.checkpoint import checkpoint_folder, load_model
 from ..training.journal import read_metrics, validation_losses
 from ..training.run import Batch
@@ -87,6 +88,7 @@ def progress(run: Path) -> list[str]:
     return said
 
 
+@hushed
 def demo_bert(
     config: DemoConfig = BERT_DEMO,
     say: Say | None = None,     # None: `stages()`

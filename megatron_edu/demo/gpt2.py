@@ -26,6 +26,7 @@ from ..generate import generate
 from ..mesh import ParallelDims
 from ..models.architecture import ARCHITECTURES
 from ..owner import Owner, own_run
+from ..streams import hushed
 from ..settings import DemoConfig, SamplingConfig, TrainConfig, quick_recipe
 from ..training.checkpoint import checkpoint_folder, load_model
 from ..training.journal import read_metrics, validation_losses
@@ -122,7 +123,7 @@ def train_on_corpus(
     tokens = prepare_documents(documents, out, tokenizer)
     parameters = plan.model.num_parameters()
     say(f"training a {kind.title} of {parameters:,} parameters on {tokens.num_tokens:,} tokens")
-    work = plan, out / TOKENS, out / TOKENIZER, owner
+    work = plan, out / TOKENS, out / TOKENIZER, owner, config.quiet
     launch(train_from_folder, plan.parallel, *work)
     return tokens, tokenizer
 
@@ -142,6 +143,7 @@ def compare_on_ranks(
     return rows
 
 # %% ../../nbs/7_using/02_demo.ipynb #1a7b5cfe
+@hushed
 def demo(
     config: DemoConfig,
     say: Say | None = None,     # None: `stages()`

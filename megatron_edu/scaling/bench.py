@@ -31,6 +31,7 @@ from megatron_edu.scaling.contenders import (
     set_up,
 )
 from ..settings import BenchConfig
+from ..streams import hushed
 
 # %% ../../nbs/8_scaling/02_bench.ipynb #85d8c652
 SMALL = GPT2Config(6, 384, 6, vocab_size=8192, max_seq_len=256, dropout=0.0)
@@ -206,6 +207,7 @@ def machine() -> str:
     )
 
 # %% ../../nbs/8_scaling/02_bench.ipynb #6c782087
+@hushed
 def bench(config: BenchConfig) -> list[Result]:
     """Measure, print, and write the tables and every round's numbers.
 

@@ -287,8 +287,9 @@ def train_from_folder(
     tokens: Path,                   # prefix of a token file
     tokenizer: Path | None = None,  # that wrote it; a BERT needs it
     owner: Owner | None = None,     # of the run's folder; None: the first rank owns it meanwhile
+    quiet: bool = False,            # write metrics, and say nothing
 ) -> None:
     "What each rank of a training run does."
     kind = architecture_of(config.model)
     pieces = read_tokenizer(tokenizer, kind.tokenizer) if kind.special_tokens else None
-    train(config, TokenFile(tokens), groups, device, pieces, owner=owner)
+    train(config, TokenFile(tokens), groups, device, pieces, owner=owner, quiet=quiet)
