@@ -1,4 +1,4 @@
-"""One record says what the library must know of a kind of model; a third kind needs nothing else."""
+"A record says what the library must know of a kind of model; a third kind needs nothing else."
 
 import ast
 import shutil

@@ -9,7 +9,7 @@ __all__ = ['WANTED', 'check_source', 'find_tokenizer', 'run', 'to_transformers',
 import warnings
 from pathlib import Path
 
-from .checks import run_tokenizer
+from .checks import run_tokenizer, tokenizer_of
 from .options import ConvertArguments
 from ..config import ModelConfig
 from ..data.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from ..interop.huggingface import load_huggingface, save_huggingface
 from ..memory import WEIGHTS, check_memory
 from ..models.architecture import architecture_of
 from ..models.gpt2 import Trunk
-from ..data.prepare import TOKENIZER, TOKENIZERS, find_token_file, read_tokenizer
+from ..data.prepare import TOKENIZER, TOKENIZERS, find_token_file
 from megatron_edu.training.checkpoint import (
     CONFIG,
     latest_checkpoint,
@@ -66,13 +66,13 @@ def find_tokenizer(
     model: ModelConfig,
 ) -> Tokenizer | WordPiece | None:
     "The tokenizer of a run or of a folder of transformers. `ValueError` for one that is damaged."
-    path, kind = run_tokenizer(source), architecture_of(model).tokenizer
-    if path is None and (source / TOKENIZERS[kind].older).is_file():
+    path, older = run_tokenizer(source), TOKENIZERS[architecture_of(model).tokenizer].older
+    if path is None and (source / older).is_file():
         path = source
     if path is None:
         warnings.warn(f"{source} holds no tokenizer, and none is written", stacklevel=2)
         return None
-    return read_tokenizer(path, kind)
+    return tokenizer_of(path, model)
 
 
 def run(asked: ConvertArguments) -> None:

@@ -24,6 +24,7 @@ from megatron_edu.cli.checks import (
     ids_checksum,
     run_tokenizer,
     same_ids,
+    tokenizer_of,
 )
 from .options import TrainArguments, check_no_model, check_unused
 from .paint import silent
@@ -41,7 +42,6 @@ from megatron_edu.data.prepare import (
     TOKENS,
     find_token_file,
     prepare_text,
-    read_tokenizer,
     save_tokenizer,
 )
 from ..models.architecture import ARCHITECTURES, architecture_of
@@ -68,24 +68,24 @@ def find_tokenizer(
 ) -> Path | None:           # None: there is none yet
     "The tokenizer named, beside the tokens, or of the weights. `ValueError` if they differ."
     model, named = arguments.config.model, arguments.tokenizer
-    kind = architecture_of(model)
+    kind = architecture_of(model).name
     beside = None if prefix is None else prefix.parent / TOKENIZER
     beside = beside if beside is not None and beside.is_file() else None
     path = named or beside or own
     if path is None:
         return None
-    chosen = read_tokenizer(path, kind.tokenizer)
-    if named and beside and not same_ids(chosen, read_tokenizer(beside, kind.tokenizer)):
+    chosen = tokenizer_of(path, model)
+    if named and beside and not same_ids(chosen, tokenizer_of(beside, model)):
         raise ValueError(
             f"--tokenizer {named}: {prefix} was not written by it, but by {beside}; leave "
             "--tokenizer out, or write the text's tokens anew with megatron-edu prepare TEXT "
-            f"--model {kind.name} --tokenizer {named} --out FOLDER"
+            f"--model {kind} --tokenizer {named} --out FOLDER"
         )
-    if own and not same_ids(chosen, read_tokenizer(own, kind.tokenizer)):
+    if own and not same_ids(chosen, tokenizer_of(own, model)):
         raise ValueError(
             f"{path}: {whose} was trained with another tokenizer, {own}, and its model knows no "
             "other ids; go on with its own data, write the tokens of other text with megatron-edu "
-            f"prepare TEXT --model {kind.name} --tokenizer {own} --out FOLDER, or choose another --out"
+            f"prepare TEXT --model {kind} --tokenizer {own} --out FOLDER, or choose another --out"
         )
     return path
 
@@ -96,8 +96,8 @@ def check_vocabulary(
     model: ModelConfig | None,  # of the weights; None: they are drawn
 ) -> None:
     "`ValueError` for a model that is to have other ids than its tokenizer, or fewer."
-    asked, kind = arguments.config.model.vocab_size, architecture_of(arguments.config.model)
-    size = read_tokenizer(path, kind.tokenizer).vocab_size
+    config = arguments.config.model
+    asked, size = config.vocab_size, tokenizer_of(path, config).vocab_size
     if model is not None:
         if size > model.vocab_size:
             raise ValueError(
@@ -108,7 +108,8 @@ def check_vocabulary(
         raise ValueError(
             f"--vocab-size {asked}: {path} has {size} tokens, and a model has as many as its "
             f"tokenizer; leave --vocab-size out, or train a tokenizer of that size with "
-            f"megatron-edu prepare TEXT --model {kind.name} --vocab-size {asked} --out FOLDER"
+            f"megatron-edu prepare TEXT --model {architecture_of(config).name} --vocab-size {asked} "
+            "--out FOLDER"
         )
 
 # %% ../../nbs/7_using/02_train.ipynb #0663148e
@@ -158,8 +159,8 @@ def find_tokens(
     if prefix is not None:
         if path is None and kind.special_tokens:
             raise ValueError(
-                f"{prefix}: no {TOKENIZER} beside it, and a {kind.title}'s samples need the special "
-                "tokens of the tokenizer that wrote it; name that with --tokenizer"
+                f"{prefix}: no {TOKENIZER} beside it, and a {kind.title}'s samples need the "
+                "special tokens of the tokenizer that wrote it; name that with --tokenizer"
             )
         return Tokens(TokenFile(prefix), path, noted, [])
     if under_torchrun():
@@ -218,7 +219,7 @@ def check_ids_are(
 ) -> None:
     "Raise `ValueError` if a tokenizer is not the one that a run began with."
     known = (noted or {}).get("ids")
-    if known and ids_checksum(read_tokenizer(path, architecture_of(checkpoint.model).tokenizer)) != known:
+    if known and ids_checksum(tokenizer_of(path, checkpoint.model)) != known:
         raise ValueError(
             f"{path}: not the tokenizer that {checkpoint.folder} was trained with: to it the same "
             "ids are other tokens; put the run's own in its place"
@@ -313,7 +314,7 @@ def _begin(arguments: TrainArguments, lines: list[str]) -> Plan:
     tokens = find_tokens(arguments, own, f"--init-from {folder}", model)
     noted = tokens.noted
     if tokens.tokenizer is not None:
-        tokenizer = read_tokenizer(tokens.tokenizer, architecture_of(config.model).tokenizer)
+        tokenizer = tokenizer_of(tokens.tokenizer, config.model)
         noted = {**noted, "ids": ids_checksum(tokenizer)}
         size = tokenizer.vocab_size if model is None else config.model.vocab_size
         config = replace(config, model=replace(config.model, vocab_size=size))
@@ -332,8 +333,7 @@ def _checked(
 ) -> Plan:
     "A plan whose sizes divide and whose text is long enough."
     path = tokens.tokenizer
-    kind = architecture_of(config.model).tokenizer
-    tokenizer = None if path is None else read_tokenizer(path, kind)
+    tokenizer = None if path is None else tokenizer_of(path, config.model)
     begins = config.run.resume in ("never", "auto")
     check_plan(config)
     check_tokens(config, tokens.file, tokenizer, trained=not begins)
@@ -393,8 +393,9 @@ def train_on_rank(
     quiet: bool = False,
 ) -> None:
     "What each rank does."
-    kind = architecture_of(plan.config.model)
-    pieces = read_tokenizer(plan.tokenizer, kind.tokenizer) if kind.special_tokens else None
+    model = plan.config.model
+    needed = architecture_of(model).special_tokens
+    pieces = tokenizer_of(plan.tokenizer, model) if needed else None
     tokens = TokenFile(plan.prefix)
     start = plan.init_from, plan.origin
     train(plan.config, tokens, groups, device, pieces, *start, owner=owner, quiet=quiet)
@@ -431,8 +432,7 @@ def _train(
             if plan.begins:
                 clear(out, TOKENIZER)
             if not (out / TOKENIZER).exists():
-                kind = architecture_of(plan.config.model).tokenizer
-                save_tokenizer(read_tokenizer(plan.tokenizer, kind), out)
+                save_tokenizer(tokenizer_of(plan.tokenizer, plan.config.model), out)
         if not quiet:
             print(*plan.lines, sep="\n", flush=True)
     say = {"say": silent} if quiet else {}
