@@ -108,8 +108,8 @@ def check_vocabulary(
         raise ValueError(
             f"--vocab-size {asked}: {path} has {size} tokens, and a model has as many as its "
             f"tokenizer; leave --vocab-size out, or train a tokenizer of that size with "
-            f"megatron-edu prepare TEXT --model {architecture_of(config).name} --vocab-size {asked} "
-            "--out FOLDER"
+            f"megatron-edu prepare TEXT --model {architecture_of(config).name} --vocab-size "
+            f"{asked} --out FOLDER"
         )
 
 # %% ../../nbs/7_using/02_train.ipynb #0663148e
