@@ -264,13 +264,20 @@ MAY_KNOW = {    # what a kind is, what is of one kind alone, and what shows both
 KINDS = {"GPT2Config", "BertConfig"}
 
 
+def names(node: ast.AST) -> set[str]:
+    "Names in a piece of code."
+    fields = {"Name": "id", "Attribute": "attr", "alias": "name"}
+    parts = [each for each in ast.walk(node) if type(each).__name__ in fields]
+    return {getattr(each, fields[type(each).__name__]) for each in parts}
+
+
 def kinds_named(source: str) -> set[str]:
-    "Configuration classes and names of kinds that code, not its texts, speaks of."
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Name, ast.Attribute, ast.alias)):
-            name = getattr(node, "id", None) or getattr(node, "attr", None) or node.name
-            found |= KINDS & {name}
+    "Configurations, kinds by name and by `isinstance`: of which code, not its texts, speaks."
+    tree = ast.parse(source)
+    found = KINDS & names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and "isinstance" in names(node.func):
+            found |= {"GPT2", "Bert"} & names(node)
         elif isinstance(node, ast.Constant) and node.value in ("gpt2", "bert"):
             found.add(node.value)
     return found
