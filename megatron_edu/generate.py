@@ -18,10 +18,10 @@ from .comm import all_gather, broadcast, group_rank
 from .config import ModelConfig
 from .data.tokenizer import Codec
 from .data.wordpiece import WordPiece
+from .definitions import check_ids, check_table
 from .models.architecture import architecture_of
 from .models.bert import Bert
 from .models.gpt2 import GPT2
-from .reference.gpt2 import check_ids, check_table
 from .settings import SamplingConfig
 from .tensor_parallel.cross_entropy import hide_padding
 
@@ -119,13 +119,13 @@ def check_request(
     if input_ids.numel() == 0:
         raise ValueError("the prompt has no token; start from any text or the end-of-text token")
     v = model.config.vocab_size
-    check_ids("token id", input_ids, v)
+    check_ids(input_ids, v)
     check_whole("num_tokens", num_tokens, 0)
     check_kind("config", config, SamplingConfig)
     check_kind("stop_id", stop_id, int | None)
     check_kind("banned", banned, torch.Tensor | None)
     if banned is not None:
-        check_ids("banned id", banned, v)
+        check_ids(banned, v, "banned id")
         if len(banned.unique()) == v:
             raise ValueError(f"all {v} ids are banned; leave at least one to choose")
 

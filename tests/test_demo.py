@@ -200,8 +200,12 @@ def test_lights_that_are_wrong_end_the_demo(monkeypatch, capsys, tmp_path, right
 
 def test_a_folder_that_is_none_for_a_demo_is_refused_before_any_light(monkeypatch, tmp_path):
     monkeypatch.setattr(verb, "Ranks", lambda size: pytest.fail("ranks start"))
-    (tmp_path / "mine.txt").write_text("mine")
-    for out in (tmp_path, tmp_path / "mine.txt"):
+    changed = tmp_path / "changed"
+    with emptied(changed):
+        pass
+    for folder in (changed, tmp_path):
+        (folder / "mine.txt").write_text("mine")
+    for out in (changed, tmp_path, tmp_path / "mine.txt"):
         with pytest.raises(ValueError, match=str(out)):
             verb.run(DemoConfig(out))
 

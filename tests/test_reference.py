@@ -15,7 +15,8 @@ import transformers
 from megatron_edu import models
 from megatron_edu.config import GPT2Config
 from megatron_edu.reference import gpt2
-from megatron_edu.reference.gpt2 import GPT2, answer, initial_weights, summed_loss, token_weights
+from megatron_edu.definitions import token_weights
+from megatron_edu.reference.gpt2 import GPT2, answer, summed_loss
 
 ATOL = 1e-10    # float64; what is right errs by about 1e-15
 SMALL = GPT2Config(2, 24, 3, vocab_size=41, max_seq_len=11, dropout=0.0, vocab_multiple=16)
@@ -333,7 +334,7 @@ def test_every_parameter_gets_its_weight_from_the_rule():
     layers = [f"blocks.{i}.{part}" for i in range(2) for part in block] + ["ln_f"]
     names = ["wte.weight", "wpe.weight"]
     names += [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
-    weights = dict(initial_weights(SMALL, 1))
+    weights = GPT2(SMALL).state_dict()
     assert list(weights) == names == [*GPT2(SMALL).state_dict()]
     shapes = {name: p.shape for name, p in GPT2(SMALL).named_parameters()}
     assert {name: weight.shape for name, weight in weights.items()} == shapes
@@ -342,7 +343,7 @@ def test_every_parameter_gets_its_weight_from_the_rule():
 def test_initial_distribution():
     "The paper, 4.2: 0.02, and 0.02/sqrt(2N) before an addition."
     config = GPT2Config(8, 128, 4, vocab_size=1000, max_seq_len=128, vocab_multiple=256)
-    for name, weight in initial_weights(config, 1):
+    for name, weight in GPT2(config).state_dict().items():
         if name.endswith("bias"):
             assert weight.abs().max() == 0
         elif "ln" in name:
@@ -357,7 +358,7 @@ def test_initial_distribution():
 
 
 def test_init_std_scales_the_weights():
-    one, ten = (dict(initial_weights(replace(SMALL, init_std=std), 1)) for std in (0.02, 0.2))
+    one, ten = (GPT2(replace(SMALL, init_std=std)).state_dict() for std in (0.02, 0.2))
     for name, weight in one.items():
         if weight.dim() == 2:
             torch.testing.assert_close(10 * weight, ten[name], rtol=1e-5, atol=0)
@@ -365,7 +366,7 @@ def test_init_std_scales_the_weights():
 
 def test_no_two_weights_share_numbers():
     "One stream for all: a generator made anew for each tensor would repeat it."
-    first = [w.flatten()[:5] for name, w in initial_weights(SMALL, 1) if w.dim() == 2]
+    first = [w.flatten()[:5] for name, w in GPT2(SMALL).state_dict().items() if w.dim() == 2]
     ratios = {tuple((f / f[0]).tolist()) for f in first}
     assert len(ratios) == len(first)
 
@@ -484,14 +485,15 @@ def test_labels_and_weights_of_other_shapes(kind, wrong):
 
 
 def test_the_reference_loads_no_parallel_code():
-    "In a fresh interpreter: the reference, the configuration and nothing else of this library."
+    "In a fresh interpreter: the reference, and of this library what it means, nothing else."
     program = """
 import sys, megatron_edu.reference
 print(*sorted(name for name in sys.modules if name.startswith("megatron_edu")))
 """
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    modules = ["", ".checks", ".config", ".reference", ".reference.bert", ".reference.gpt2"]
+    modules = ["", ".checks", ".config", ".definitions", ".reference", ".reference.bert"]
+    modules += [".reference.gpt2", ".weights"]
     assert run.stdout.split() == ["megatron_edu" + module for module in modules]
 
 
@@ -504,7 +506,7 @@ def test_the_reference_imports_no_collective():
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add("." * node.level + (node.module or ""))
-    known = {"math", "collections.abc", "typing", "torch", "torch.nn.functional"}
-    known |= {"..checks", "..config"}
+    known = {"typing", "torch", "torch.nn.functional"}
+    known |= {"..checks", "..config", "..definitions", "..weights"}
     assert found == known
     assert "distributed" not in Path(gpt2.__file__).read_text(encoding="utf-8")

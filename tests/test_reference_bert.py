@@ -12,7 +12,8 @@ import transformers
 
 from megatron_edu.config import BertConfig
 from megatron_edu.reference import bert, gpt2
-from megatron_edu.reference.bert import Bert, initial_weights, order_loss, visible
+from megatron_edu.definitions import order_loss, visible
+from megatron_edu.reference.bert import Bert
 from megatron_edu.reference.gpt2 import answer
 
 ATOL = 1e-10    # float64; what is right errs by about 1e-15
@@ -440,7 +441,7 @@ def test_every_parameter_gets_its_weight_from_the_rule(kind):
     names += [f"{layer}.{each}" for layer in [*layers, "pooler", "sop"] for each in WEIGHT_BIAS]
     names += ["mlm.bias"]
     names += [f"mlm.{part}.{each}" for part in ("dense", "ln") for each in WEIGHT_BIAS]
-    weights = dict(initial_weights(KINDS[kind], 1))
+    weights = Bert(KINDS[kind]).state_dict()
     assert list(weights) == names == [*Bert(KINDS[kind]).state_dict()]
     shapes = {name: p.shape for name, p in Bert(KINDS[kind]).named_parameters()}
     assert {name: weight.shape for name, weight in weights.items()} == shapes
@@ -462,7 +463,7 @@ def test_weights_depend_on_config_and_seed_alone(kind):
 
 
 def test_the_two_orders_start_from_the_same_weights():
-    pre, post = (dict(initial_weights(KINDS[kind], 1)) for kind in ("pre", "post"))
+    pre, post = (Bert(KINDS[kind]).state_dict() for kind in ("pre", "post"))
     ends = {f"{name}.{each}" for name in ("ln_emb", "ln_f") for each in WEIGHT_BIAS}
     assert pre.keys() ^ post.keys() == ends
     assert all(torch.equal(pre[name], post[name]) for name in pre.keys() & post.keys())
@@ -472,7 +473,8 @@ def test_the_two_orders_start_from_the_same_weights():
 def test_initial_distribution(layer_norm):
     "The paper, 4.2: 0.02, and 0.02/sqrt(2N) before an addition."
     sizes = dict(vocab_size=1000, max_seq_len=128, vocab_multiple=256, num_token_types=90)
-    for name, weight in initial_weights(BertConfig(8, 128, 4, layer_norm=layer_norm, **sizes), 1):
+    config = BertConfig(8, 128, 4, layer_norm=layer_norm, **sizes)
+    for name, weight in Bert(config).state_dict().items():
         assert weight.dtype == torch.float32
         if name.endswith("bias"):
             assert weight.abs().max() == 0
@@ -489,7 +491,7 @@ def test_initial_distribution(layer_norm):
 
 def test_no_two_weights_share_numbers():
     "One stream for all: a generator made anew for each tensor would repeat it."
-    first = [w.flatten()[:5] for name, w in initial_weights(SMALL, 1) if w.dim() == 2]
+    first = [w.flatten()[:5] for name, w in Bert(SMALL).state_dict().items() if w.dim() == 2]
     ratios = {tuple((f / f[0]).tolist()) for f in first}
     assert len(ratios) == len(first)
 
@@ -613,6 +615,7 @@ def test_the_reference_imports_no_collective():
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             found.add("." * node.level + (node.module or ""))
-    known = {"collections.abc", "torch", "torch.nn.functional", "..checks", "..config", ".gpt2"}
+    known = {"torch", "torch.nn.functional", ".gpt2"}
+    known |= {"..checks", "..config", "..definitions", "..weights"}
     assert found == known
     assert "distributed" not in text

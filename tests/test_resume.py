@@ -1021,6 +1021,7 @@ def test_what_weights_cannot_be_begun_with(here, capsys, options, words):
     line = f"train --init-from theirs --data texts --out new --steps 1 --batch-size 4 {options}"
     assert words in refusal(capsys, line)
     assert not list(Path().glob("new/step-*"))
+    assert Path("new").exists() == ("spoiled" in options)   # the rest is refused before any rank
 
 
 def test_heads_that_the_weights_lack_are_said(here, capsys):

@@ -19,7 +19,7 @@ from ..interop.compare import check_conversion
 from ..interop.huggingface import load_huggingface, save_huggingface
 from ..memory import WEIGHTS, check_memory
 from ..models.architecture import architecture_of
-from ..models.gpt2 import Trunk
+from ..models.gpt2 import Transformer
 from ..data.prepare import TOKENIZER, TOKENIZERS, find_token_file
 from megatron_edu.training.checkpoint import (
     CONFIG,
@@ -93,7 +93,7 @@ def run(asked: ConvertArguments) -> None:
         print(f"{model.config.num_parameters():,} parameters in {to}; {said}")
 
 
-def to_transformers(model: Trunk, asked: ConvertArguments) -> str:
+def to_transformers(model: Transformer, asked: ConvertArguments) -> str:
     "Write a folder of transformers; what its comparison with the model says."
     said, tokenizer = [], find_tokenizer(asked.source, model.config)
 
@@ -104,7 +104,7 @@ def to_transformers(model: Trunk, asked: ConvertArguments) -> str:
     return said[0]
 
 
-def from_transformers(model: Trunk, asked: ConvertArguments) -> str:
+def from_transformers(model: Transformer, asked: ConvertArguments) -> str:
     "Write a checkpoint of a model that was read; what the comparison with its source says."
     tokenizer = find_tokenizer(asked.source, model.config)
     said = check_conversion(model, asked.source)

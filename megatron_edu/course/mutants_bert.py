@@ -75,10 +75,10 @@ def padding_looks_at_nothing(real, attention_mask):
     return (attention_mask != 0)[:, None, None]
 
 
-@_mutant("models.bert.run_blocks",
+@_mutant("models.bert.Bert.run",
          "mask: lost where activations are recomputed", "the second forward pass is the first")
-def mask_lost_in_recomputation(real, blocks, x, mask, *, recompute):
-    return real(blocks, x, None if recompute else mask, recompute=recompute)
+def mask_lost_in_recomputation(real, model, x, mask):
+    return real(model, x, None if model.recompute else mask)
 
 # %% ../../nbs/4_models/08_bert_mutants.ipynb #783b6411
 @_mutant("models.bert.Bert.hidden_states",
@@ -146,12 +146,11 @@ def token_head_summed(real, model, config, group=None, **options):
     model.mlm.dense.weight.register_hook(lambda grad: all_reduce(grad, group))
 
 
-@_mutant("models.bert.initial_weights",
+@_mutant("models.gpt2.initial_rows",
          "heads: drawn with a seed of each rank's own", "4.2: weights do not depend on the split")
-def heads_drawn_per_rank(real, config, seed):
-    own = dict(real(config, seed + dist.get_rank()))
-    for name, weight in real(config, seed):
-        yield name, own[name] if name.startswith(("pooler", "sop", "mlm.dense")) else weight
+def heads_drawn_per_rank(real, name, shape, rows, config, seed):
+    head = name.startswith(("pooler", "sop", "mlm.dense"))
+    return real(name, shape, rows, config, seed + dist.get_rank() * head)
 
 # %% ../../nbs/4_models/08_bert_mutants.ipynb #1b397257
 @_mutant("models.bert.Bert.__init__",

@@ -74,17 +74,17 @@ def qkv_joined_by_rank(real, rule, parts):
     return torch.cat(parts, rule.dim)
 
 
-@_mutant("models.gpt2.initial_weights",
+@_mutant("models.gpt2.initial_rows",
          "every rank draws with a seed of its own", "4.2: weights do not depend on the split")
-def weights_drawn_per_rank(real, config, seed):
-    return real(config, seed + dist.get_rank())
+def weights_drawn_per_rank(real, name, shape, rows, config, seed):
+    return real(name, shape, rows, config, seed + dist.get_rank())
 
 
-@_mutant("models.gpt2.shard_state_dict",
+@_mutant("models.gpt2.fill",
          "every rank keeps the first slice", "a rank keeps the slice of its own place")
-def first_slice_everywhere(real, full_state, model):
+def first_slice_everywhere(real, model, read):
     with mock.patch("megatron_edu.tensor_parallel.shard.group_rank", lambda group: 0):
-        return real(full_state, model)
+        real(model, read)
 
 # %% ../../nbs/4_models/07_gpt2_mutants.ipynb #88a34ddf
 @_mutant("tensor_parallel.embedding.VocabParallelEmbedding.forward",

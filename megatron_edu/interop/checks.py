@@ -6,15 +6,15 @@
 __all__ = ['CONFIG', 'WEIGHTS', 'INDEX', 'ADAPTER', 'LARGEST_JSON', 'LARGEST_SIZE', 'SAVED', 'PICKLED', 'SAFE', 'FLOATS', 'warn',
            'read_json', 'read_fields', 'check_fields', 'check_size', 'number_field', 'one_dropout', 'check_memory',
            'Stored', 'unreadable', 'weight_files', 'list_tensors', 'Layout', 'check_layers', 'by_name', 'check_surplus',
-           'check_stored', 'read_stored', 'finite', 'weight_shape']
+           'check_stored', 'stored_rows', 'finite', 'weight_shape']
 
 # %% ../../nbs/7_using/03_huggingface_checks.ipynb #b1942caa
 import json
 import re
 import reprlib
 import warnings
-from collections.abc import Collection
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -164,11 +164,11 @@ def one_dropout(
 
 def check_memory(folder: str | Path, config: ModelConfig) -> None:
     "Raise `ValueError`, with the estimate, for a model that cannot be held here."
-    need, room = 8 * config.num_parameters(), available_memory()
+    need, room = 4 * config.num_parameters(), available_memory()
     if room is not None and need > room:
         raise ValueError(
             f"{Path(folder) / CONFIG} describes a model of {config.num_parameters():,} parameters; "
-            f"to read it takes {in_bytes(need)} (its weights twice, in float32), and "
+            f"to read it takes {in_bytes(need)} (its weights in float32), and "
             f"{in_bytes(room)} are available; use a machine with more memory, or correct "
             f"{CONFIG} if the model is smaller"
         )
@@ -346,33 +346,44 @@ def check_stored(
                 )
 
 # %% ../../nbs/7_using/03_huggingface_checks.ipynb #da827a76
-def read_stored(
+@contextmanager
+def stored_rows(
     folder: str | Path,
     found: dict[str, list[Stored]],
-    names: Collection[str],                     # those to read
     group: dist.ProcessGroup | None = None,
-) -> dict[str, torch.Tensor]:                   # by name, in float32
-    "The tensors themselves. `ValueError` for numbers that are not finite, and unequal copies."
-    tensors = {}
+) -> Iterator[Callable[..., torch.Tensor]]:     # (name, rows, turned=False) -> rows, in float32
+    """How to read rows of the tensors, or with `turned` columns, as rows.
+
+    Reading raises `ValueError` for numbers that are not finite, and for copies that differ.
+    """
     with ExitStack() as stack:
         files = {}
-        for name in names:
-            for each in found[name]:
-                if each.file not in files:
-                    files[each.file] = stack.enter_context(safe_open(each.file, "pt"))
-                tensor = finite(folder, each.name, files[each.file].get_tensor(each.name).float())
-                if not torch.equal(tensors.setdefault(name, tensor), tensor):
+
+        def one(each: Stored, rows: range, turned: bool) -> torch.Tensor:
+            if each.file not in files:
+                files[each.file] = stack.enter_context(safe_open(each.file, "pt"))
+            part, own = files[each.file].get_slice(each.name), slice(rows.start, rows.stop)
+            values = part[:, own].t() if turned else part[own]
+            return finite(folder, each.name, values.float())
+
+        def read(name: str, rows: range, turned: bool = False) -> torch.Tensor:
+            first, *others = found[name]
+            values = one(first, rows, turned)
+            for each in others:
+                if not torch.equal(one(each, rows, turned), values):
                     raise ValueError(
-                        f"{folder}: {each.name} differs from {found[name][0].name}, and is one "
-                        "tensor with it here; use a model in which they are tied"
+                        f"{folder}: {each.name} differs from {first.name}, and is one tensor with "
+                        "it here; use a model in which they are tied"
                     )
-    if any(each.dtype == "F64" for name in names for each in found[name]):
+            return values
+
+        yield read
+    if any(each.dtype == "F64" for copies in found.values() for each in copies):
         warn(group, f"{folder}: float64 weights are rounded to float32")
-    return tensors
 
 
 def finite(folder: str | Path, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    "The tensor; `ValueError` if one of its numbers is not finite."
+    "Rows of a tensor; `ValueError` if one of their numbers is not finite."
     count = int((~torch.isfinite(tensor)).sum())
     if count:
         raise ValueError(

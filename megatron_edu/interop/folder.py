@@ -23,7 +23,7 @@ from ..files import check_folder, check_space, written_folder
 from ..first_rank import on_first_rank
 from ..generate import ids_without_token
 from .checks import CONFIG, WEIGHTS, finite
-from ..models.gpt2 import Trunk
+from ..models.gpt2 import Transformer
 
 # %% ../../nbs/7_using/03_huggingface_folder.ipynb #82a148db
 def special_tokens(tokenizer: Tokenizer | WordPiece) -> dict[str, str]:
@@ -105,7 +105,7 @@ def write_huggingface_files(
 
 
 def save_folder(
-    model: Trunk,
+    model: Transformer,
     folder: str | Path,                         # is written whole or not at all
     tensors: dict[str, torch.Tensor],           # as above; in full, on every rank
     fields: dict,
@@ -134,7 +134,7 @@ def save_folder(
 
 
 def check_target(
-    model: Trunk,
+    model: Transformer,
     folder: str | Path,
     tokenizer: Tokenizer | WordPiece | None,
     overwrite: bool,

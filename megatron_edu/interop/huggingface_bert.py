@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYER_NORM', 'HEADS', 'QKV', 'TABLES', 'LINEARS', 'LAYER', 'AROUND', 'READ_OFF', 'SIZES', 'ALLOWED', 'DROPOUTS',
-           'LAYOUT', 'PADDED', 'names', 'head_of', 'read_config', 'load_bert', 'part_shapes', 'save_bert']
+           'LAYOUT', 'names', 'head_of', 'read_config', 'check_tensors', 'part_shapes', 'load_bert', 'save_bert']
 
 # %% ../../nbs/7_using/05_huggingface_bert.ipynb #f8e4559c
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from ..config import BertConfig
 from ..data.wordpiece import WordPiece
 from megatron_edu.interop.checks import (
     Layout,
+    Stored,
     by_name,
     check_fields,
     check_layers,
@@ -28,15 +29,15 @@ from megatron_edu.interop.checks import (
     number_field,
     one_dropout,
     read_fields,
-    read_stored,
+    stored_rows,
     warn,
     weight_shape,
 )
 from .folder import check_target, save_folder
-from .huggingface_gpt2 import GELU, pad_vocabulary, padded
+from .huggingface_gpt2 import GELU, padded
 from ..models.bert import Bert
-from ..reference.bert import initial_weights
-from ..tensor_parallel.shard import gather_state_dict, shard_state_dict
+from ..tensor_parallel.shard import fill, gather_state_dict
+from ..weights import PADDED, initial_rows, with_padding
 
 # %% ../../nbs/7_using/05_huggingface_bert.ipynb #c08179ba
 LAYER_NORM = {"bert": "post", "megatron-bert": "pre"}       # model_type -> where they stand
@@ -132,23 +133,12 @@ LAYOUT = Layout(
 )
 
 # %% ../../nbs/7_using/05_huggingface_bert.ipynb #4ebf947b
-PADDED = ("wte.weight", "mlm.bias")     # a row, or a number, for each token
-
-
-def load_bert(
-    folder: str | Path,                             # as `save_pretrained` writes it
-    group: dist.ProcessGroup | None = None,         # tensor-parallel group
-    *,
-    vocab_multiple: int | None = None,              # rows are rounded up to it; None: 1024
-) -> Bert:
-    """A `transformers` BERT (post-LN) or MegatronBert (pre-LN) split over `group`, in float32.
-
-    Heads that the folder lacks get initial weights; a warning names them, another what is left
-    out. Raises `ValueError` for other kinds of model, for a trunk or head that is not whole, and
-    for surplus and damaged weights.
-    """
-    check_kind("group", group, dist.ProcessGroup | None)
-    config = padded(read_config(folder, group), vocab_multiple)
+def check_tensors(
+    folder: str | Path,
+    config: BertConfig,
+    group: dist.ProcessGroup | None = None,     # its first rank warns
+) -> dict[str, list[Stored]]:                   # what to read, by their present names
+    "Raise `ValueError` unless the tensors of a folder are those of a configuration. Warns, too."
     check_memory(folder, config)
     stored = list_tensors(Path(folder))
     check_layers(folder, LAYOUT, stored, "num_hidden_layers", config.num_layers)
@@ -160,19 +150,11 @@ def load_bert(
     shapes = part_shapes(table, config)
     check_stored(folder, found, shapes)
     check_surplus(folder, LAYOUT, found, known, group)
-    theirs = read_stored(folder, found, shapes, group)
-    full = {own: torch.cat([theirs[name] for name in parts]) for own, parts in table.items()}
-    for own in PADDED:
-        if own in full:
-            full[own] = pad_vocabulary(full[own], config)
     absent = [words for head, words in HEADS.items() if head not in present]
     if absent:
         text = "which start from initial weights: train them before use"
         warn(group, f"{folder} has no {', no '.join(absent)}, {text}")
-        full = dict(initial_weights(config, seed=1)) | full
-    model = Bert(config, group)
-    model.load_state_dict(shard_state_dict(full, model))
-    return model
+    return {name: found[name] for name in shapes}
 
 
 def part_shapes(
@@ -185,6 +167,40 @@ def part_shapes(
         rows, *columns = weight_shape(own, config)
         shapes |= dict.fromkeys(parts, (rows // len(parts), *columns))
     return shapes
+
+
+def load_bert(
+    folder: str | Path,                             # as `save_pretrained` writes it
+    group: dist.ProcessGroup | None = None,         # tensor-parallel group
+    *,
+    vocab_multiple: int | None = None,              # rows are rounded up to it; None: 1024
+) -> Bert:
+    """A `transformers` BERT (post-LN) or MegatronBert (pre-LN) split over `group`, in float32.
+
+    Only this rank's slices are read. Heads that the folder lacks get initial weights; a warning
+    names them, another what is left out. Raises `ValueError` for other kinds of model, for a trunk
+    or head that is not whole, and for surplus and damaged weights.
+    """
+    check_kind("group", group, dist.ProcessGroup | None)
+    config = padded(read_config(folder, group), vocab_multiple)
+    found = check_tensors(folder, config, group)
+    model = Bert(config, group, seed=None)
+    table = names(config)
+    with stored_rows(folder, found, group) as read:
+
+        def read_own(own: str, shape: tuple[int, ...], rows: range) -> torch.Tensor:
+            parts = table[own]                      # one above the other
+            if parts[0] not in found:
+                return initial_rows(own, shape, rows, config, seed=1)
+            height, values = shape[0] // len(parts), []
+            for i, part in enumerate(parts):
+                begin, end = max(rows.start - i * height, 0), min(rows.stop - i * height, height)
+                if begin < end:
+                    values.append(read(part, range(begin, end)))
+            return torch.cat(values)
+
+        fill(model, with_padding(read_own, config))
+    return model
 
 # %% ../../nbs/7_using/05_huggingface_bert.ipynb #67f06418
 def save_bert(
@@ -203,7 +219,7 @@ def save_bert(
     check_target(model, folder, tokenizer, overwrite)
     config = model.config
     full = gather_state_dict(model)
-    for own in PADDED:
+    for own in full.keys() & set(PADDED):
         full[own] = full[own][: config.vocab_size]
     tensors = {}
     for own, parts in names(config).items():

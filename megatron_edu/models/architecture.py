@@ -57,7 +57,7 @@ class Architecture:
     name: str                   # what --model calls it, and "architecture" in config.json
     title: str                  # what people call it
     config: type[ModelConfig]   # its configuration, and no other kind's
-    model: str                  # class (config, group=None, *, seed=1): sharded
+    model: str                  # class (config, group=None, *, seed=1): a sharded `Transformer`
     reference: str              # class (config): the same model on one device
     tokenizer: str              # kind of its tokenizer, of `data.prepare.TOKENIZERS`
     samples: str                # function (train config, tokens, tokenizer, number, documents)
@@ -104,7 +104,7 @@ def build_model(
     config: ModelConfig,
     group: dist.ProcessGroup | None = None,     # the tensor-parallel group; None: one device
     *,
-    seed: int = 1,                              # of the initial weights
+    seed: int | None = 1,   # of the initial weights; None: on the meta device, to be filled
 ) -> nn.Module:
     "The model that a configuration describes. Raises `ValueError` as that model does."
     return resolve(architecture_of(config).model)(config, group, seed=seed)

@@ -14,12 +14,19 @@ from torch import nn
 from ..checks import check_kind
 from ..comm import group_size
 from ..config import BertConfig
+from megatron_edu.definitions import (
+    check_labels,
+    check_rows,
+    gelu,
+    mean_of,
+    order_loss,
+    token_weights,
+    visible,
+)
 from .block import Block
-from .gpt2 import Trunk, run_blocks
-from ..reference.bert import check_rows, initial_weights, mean_of, order_loss, visible
-from ..reference.gpt2 import check_labels, gelu, token_weights
+from .gpt2 import Transformer
 from ..tensor_parallel.fused_loss import linear_cross_entropy
-from ..tensor_parallel.shard import Shard, shard_state_dict
+from ..tensor_parallel.shard import Shard
 
 # %% ../../nbs/4_models/05_bert.ipynb #a9698a02
 class PostNormBlock(Block):
@@ -33,40 +40,6 @@ class PostNormBlock(Block):
         "Attention, then MLP."
         x = self.ln_1(x + self.attn(x, mask))
         return self.ln_2(x + self.mlp(x))
-
-# %% ../../nbs/4_models/05_bert.ipynb #e8308762
-class _Layers(Trunk):
-    "Tables, blocks, and a LayerNorm before (post-LN) or after them (pre-LN)."
-
-    def __init__(
-        self,
-        config: BertConfig,
-        group: dist.ProcessGroup | None = None,     # the tensor-parallel group; None: one device
-    ):
-        check_kind("config", config, BertConfig)
-        super().__init__(config, group)
-        h = config.hidden_size
-        post = config.layer_norm == "post"
-        block = PostNormBlock if post else Block
-        self.token_types = nn.Embedding(config.num_token_types, h)
-        self.ln_emb = nn.LayerNorm(h, eps=config.layer_norm_eps) if post else nn.Identity()
-        self.blocks = nn.ModuleList(block(config, group) for _ in range(config.num_layers))
-        self.ln_f = nn.Identity() if post else nn.LayerNorm(h, eps=config.layer_norm_eps)
-
-    def hidden_states(
-        self,
-        input_ids: torch.Tensor,                        # (b, s) token ids
-        token_types: torch.Tensor | None = None,        # (b, s) segment of each; None: all 0
-        attention_mask: torch.Tensor | None = None,     # (b, s) 1 real, 0 padding; None: all real
-    ) -> torch.Tensor:                                  # (b, s, h), equal on every rank
-        "What the heads read. `ValueError` for unknown ids, and for shapes that do not fit."
-        check_rows(self.config, input_ids, token_types, attention_mask)
-        if token_types is None:
-            token_types = torch.zeros_like(input_ids)
-        x = self.ln_emb(self.embed(input_ids) + self.token_types(token_types))  # (b, s, h)
-        x = F.dropout(x, self.config.dropout, self.training)
-        mask = visible(attention_mask)                                          # (b, 1, 1, s)
-        return self.ln_f(run_blocks(self.blocks, x, mask, recompute=self.recompute))
 
 # %% ../../nbs/4_models/05_bert.ipynb #c8835a3a
 class TokenHead(nn.Module):
@@ -92,22 +65,58 @@ class TokenHead(nn.Module):
         "What is multiplied with the word table: dense, GELU, LayerNorm."
         return self.ln(gelu(self.dense(x), self.config.gelu))
 
-# %% ../../nbs/4_models/05_bert.ipynb #4508a010
-class _Heads(_Layers):
-    "The layers, and what is read from them."
+# %% ../../nbs/4_models/05_bert.ipynb #29256ca1
+class Bert(Transformer):
+    """BERT split over a tensor-parallel group; names and full weights are the reference's.
+
+    The initial weights depend on `config` and `seed` alone, never on the number of ranks. Raises
+    `ValueError` if heads, feed-forward size or padded vocabulary do not divide among the ranks.
+    """
 
     def __init__(
         self,
         config: BertConfig,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group; None: one device
         *,
-        seed: int = 1,                              # of the initial weights
+        seed: int | None = 1,   # of the initial weights; None: on the meta device, to be filled
     ):
-        super().__init__(config, group)
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        self.sop = nn.Linear(config.hidden_size, 2)
-        self.mlm = TokenHead(config, group)
-        self.load_state_dict(shard_state_dict(dict(initial_weights(config, seed)), self))
+        check_kind("config", config, BertConfig)
+        h, eps = config.hidden_size, config.layer_norm_eps
+        post = config.layer_norm == "post"
+        block = PostNormBlock if post else Block
+        with torch.device("meta"):
+            super().__init__(config, group)
+            self.token_types = nn.Embedding(config.num_token_types, h)
+            self.ln_emb = nn.LayerNorm(h, eps=eps) if post else nn.Identity()
+            self.blocks = nn.ModuleList(block(config, group) for _ in range(config.num_layers))
+            self.ln_f = nn.Identity() if post else nn.LayerNorm(h, eps=eps)
+            self.pooler = nn.Linear(h, h)
+            self.sop = nn.Linear(h, 2)
+            self.mlm = TokenHead(config, group)
+        self.draw(seed)
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,                        # (b, s) token ids
+        token_types: torch.Tensor | None = None,        # (b, s) segment of each; None: all 0
+        positions: torch.Tensor | None = None,          # (s,) or (b, s); None: from 0 on
+    ) -> torch.Tensor:                                  # (b, s, h), equal on every rank
+        "What the first block reads. `ValueError` for unknown ids, and for too long a sequence."
+        x = self.look_up(input_ids, positions)                              # (b, s, h)
+        if token_types is None:
+            token_types = torch.zeros_like(input_ids)
+        x = self.ln_emb(x + self.token_types(token_types))
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def hidden_states(
+        self,
+        input_ids: torch.Tensor,                        # (b, s) token ids
+        token_types: torch.Tensor | None = None,        # (b, s) segment of each; None: all 0
+        attention_mask: torch.Tensor | None = None,     # (b, s) 1 real, 0 padding; None: all real
+    ) -> torch.Tensor:                                  # (b, s, h), equal on every rank
+        "What the heads read. `ValueError` for unknown ids, and for shapes that do not fit."
+        check_rows(input_ids, self.config.num_token_types, token_types, attention_mask)
+        return self.ln_f(self.run(self.embed(input_ids, token_types), visible(attention_mask)))
 
     def order_logits(
         self,
@@ -126,14 +135,6 @@ class _Heads(_Layers):
         x = self.hidden_states(input_ids, token_types, attention_mask)
         return self.logits(self.mlm(x), self.mlm.bias), self.order_logits(x)
 
-# %% ../../nbs/4_models/05_bert.ipynb #29256ca1
-class Bert(_Heads):
-    """BERT split over a tensor-parallel group; names and full weights are the reference's.
-
-    The initial weights depend on `config` and `seed` alone, never on the number of ranks. Raises
-    `ValueError` if heads, feed-forward size or padded vocabulary do not divide among the ranks.
-    """
-
     def losses(
         self,
         input_ids: torch.Tensor,                        # (b, s) token ids, some of them masked
@@ -148,8 +149,20 @@ class Bert(_Heads):
     ) -> dict[str, torch.Tensor]:       # scalars "mlm" and, with an order, "sop"; on every rank
         "Mean cross-entropies, in nats: over the counted tokens, and over the rows."
         check_labels(input_ids, labels, loss_mask)
-        weights = token_weights(labels, loss_mask)                          # (b, s)
         x = self.hidden_states(input_ids, token_types, attention_mask)      # (b, s, h)
+        return self.losses_of(x, labels, loss_mask, sentence_order, num_tokens, num_samples)
+
+    def losses_of(
+        self,
+        x: torch.Tensor,                                # (b, s, h) from `hidden_states`
+        labels: torch.Tensor,                           # (b, s), and what follows as for `losses`
+        loss_mask: torch.Tensor | None = None,
+        sentence_order: torch.Tensor | None = None,
+        num_tokens: torch.Tensor | float | None = None,
+        num_samples: torch.Tensor | float | None = None,
+    ) -> dict[str, torch.Tensor]:
+        "The end of `losses`: what the heads make of the hidden states."
+        weights = token_weights(labels, loss_mask)                          # (b, s)
         counted = weights != 0                                              # (b, s)
         total = linear_cross_entropy(
             self.mlm(x[counted]), self.wte.weight, labels[counted], weights[counted],

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..checks import check_kind
 from ..config import ModelConfig
-from ..reference.gpt2 import gelu
+from ..definitions import gelu
 from ..tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from ..tensor_parallel.shard import check_divides, checked_size
 

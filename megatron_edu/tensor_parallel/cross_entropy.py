@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from ..comm import all_gather_start, all_reduce, group_rank, group_size
-from .embedding import check_ids, check_vocab_size
+from ..definitions import check_ids
+from .embedding import check_vocab_size
 
 # %% ../../nbs/3_layers/05_cross_entropy.ipynb #24040149
 def own_columns(

@@ -24,7 +24,7 @@ from ..data.wordpiece import WordPiece
 from ..errors import Stopped, handled
 from ..mesh import ParallelGroups
 from ..models.architecture import architecture_of, build_model
-from ..models.gpt2 import Trunk
+from ..models.gpt2 import Transformer
 from ..owner import Owner, own_run
 from megatron_edu.resume import (
     Decision,
@@ -58,7 +58,7 @@ class Run:
 
     config: TrainConfig
     data: Data
-    model: Trunk                                    # this rank's part
+    model: Transformer                                    # this rank's part
     replicas: DataParallel                          # the same; its gradients are averaged over dp
     optimizer: torch.optim.Optimizer
     sampler: BatchSampler
@@ -119,19 +119,21 @@ def begin_run(
     record: dict | None = None,         # what its checkpoints say beside the configuration
 ) -> Run:
     "Model, optimizer and data of a run. Raises `ValueError` for what does not fit together."
-    model = build_model(config.model, groups.tp_group, seed=config.run.seed).to(device)
+    drawn = checkpoint is None and source is None
+    model = build_model(config.model, groups.tp_group, seed=config.run.seed if drawn else None)
     model.recompute = config.run.recompute
-    optimizer = make_optimizer(model, config.optimizer)
     state, notes = {"step": 0, "consumed": 0}, []
     if checkpoint is not None:
         load_weights(checkpoint, model)
-        load_optimizer(checkpoint, model, optimizer)
         state = {"consumed": 0, **load_state(checkpoint)}
     elif source is not None:
         notes = load_initial(source, model)
     else:
         where = f"init_std={config.model.init_std}"
         check_finite(dict(model.named_parameters()), where)
+    optimizer = make_optimizer(model.to(device), config.optimizer)
+    if checkpoint is not None:
+        load_optimizer(checkpoint, model, optimizer)
     step, consumed = state["step"], state["consumed"]
     data = Data.open(token_file, config, groups, device, tokenizer, step, consumed)
     sampler = data.sampler(data.train, consumed)
@@ -241,7 +243,7 @@ def train(
     origin: dict | None = None,         # what else a new run notes of itself: preset, text
     owner: Owner | None = None,         # of the folder; None: the first rank owns it meanwhile
     quiet: bool = False,                # write metrics, and say nothing
-) -> Trunk:                             # this rank's part of the trained model
+) -> Transformer:                             # this rank's part of the trained model
     """Train a model from its first step, or go on: see `resume` of the configuration.
 
     Every rank calls it. Writes to `config.run.out`: metrics.jsonl, loss.png, and a checkpoint every

@@ -13,7 +13,7 @@ from ..comm import all_reduce
 from ..data.sampler import IGNORED
 from ..models.architecture import architecture_of, resolve
 from ..models.bert import Bert
-from ..models.gpt2 import Trunk
+from ..models.gpt2 import Transformer
 from megatron_edu.tensor_parallel.cross_entropy import (
     vocab_parallel_argmax,
     vocab_parallel_cross_entropy,
@@ -56,7 +56,7 @@ def bert_sums(model: Bert, batch: Batch) -> Sums:
     }
 
 # %% ../../nbs/6_training/07_validation.ipynb #5ae67bd3
-def gpt2_sums(model: Trunk, batch: Batch) -> Sums:
+def gpt2_sums(model: Transformer, batch: Batch) -> Sums:
     "The loss of all counted tokens of a micro-batch."
     counted = (batch["labels"] != IGNORED).sum()
     return {"loss": over(model.loss(**batch, num_tokens=1), counted)}
@@ -64,7 +64,7 @@ def gpt2_sums(model: Trunk, batch: Batch) -> Sums:
 # %% ../../nbs/6_training/07_validation.ipynb #5a388d02
 @torch.no_grad()
 def validate(
-    model: Trunk,
+    model: Transformer,
     data: Data,
 ) -> dict[str, float]:      # val_loss; of a BERT both addends and both shares of right answers, too
     "Means over the same held-out batches each time, without dropout: sums, divided once."

@@ -1,0 +1,165 @@
+"Initial values by seed, name and block of rows: any slice alone, and memory for no more than it."
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_edu.config import PRESETS, GPT2Config
+from megatron_edu.mesh import ParallelDims
+from megatron_edu.models import GPT2, Bert, build_model
+from megatron_edu.tensor_parallel.shard import Placement, Shard, fill, fill_slice, placements
+from megatron_edu.training.checkpoint import load_model, save_checkpoint
+from megatron_edu.weights import BLOCK, initial_rows, with_padding
+
+CONFIG = GPT2Config(2, 32, 4, vocab_size=300, max_seq_len=16, vocab_multiple=128)
+
+
+def rows(name, shape, first, last, config=CONFIG, seed=1):
+    return initial_rows(name, shape, range(first, last), config, seed)
+
+
+@pytest.mark.parametrize("first, last", [(0, 1), (63, 65), (64, 128), (5, 5), (190, 300), (299, 384)])
+def test_rows_are_those_of_the_whole(first, last):
+    whole = rows("wte.weight", (384, 32), 0, 384)
+    assert torch.equal(rows("wte.weight", (384, 32), first, last), whole[first:last])
+
+
+def test_a_block_knows_seed_name_and_number_and_no_more():
+    shape = (4 * BLOCK, 8)
+    blocks = rows("blocks.0.mlp.up.weight", shape, 0, 4 * BLOCK).split(BLOCK)
+    others = [
+        rows("blocks.1.mlp.up.weight", shape, 0, BLOCK),
+        rows("blocks.0.mlp.up.weight", shape, 0, BLOCK, seed=2),
+    ]
+    found = [*blocks, *others]
+    for i, block in enumerate(found):
+        assert abs(block.std() / 0.02 - 1) < 0.2
+        assert not any(torch.equal(block, other) for other in found[:i])
+    wider = replace(CONFIG, vocab_multiple=512, num_layers=3, max_seq_len=64)
+    again = rows("blocks.0.mlp.up.weight", shape, 0, 4 * BLOCK, wider)
+    assert torch.equal(again, torch.cat(blocks))
+
+
+@pytest.mark.parametrize("name", ["wte.weight", "mlm.bias", "output.weight"])
+def test_padding_rows_are_zeros_wherever_they_begin(name):
+    shape = (384, 32) if name.endswith("weight") else (384,)
+    for first, last in ((0, 384), (290, 310), (300, 384), (350, 384)):
+        tail = rows(name, shape, first, last)[max(0, 300 - first) :]
+        assert len(tail) == last - max(first, 300) and not tail.any()
+
+
+def test_another_padding_of_the_vocabulary():
+    stored = torch.arange(1.0, 301)[:, None].expand(300, 4)
+
+    def read(name, shape, asked):
+        assert asked.stop <= 300
+        return stored[asked.start : asked.stop]
+
+    padded = with_padding(read, CONFIG)
+    for first, last in ((0, 384), (298, 303), (300, 384), (10, 20)):
+        found = padded("wte.weight", (384, 4), range(first, last))
+        assert found[:, 0].tolist() == [i + 1.0 if i < 300 else 0.0 for i in range(first, last)]
+
+
+@pytest.mark.parametrize("rule", [None, Shard(0), Shard(0, 3), Shard(1)])
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+def test_a_slice_is_read_in_pieces(cpu_ranks, monkeypatch, rule, piece):
+    full = torch.randn(24, 8)
+    for own, want in cpu_ranks(2)(slice_of, full, rule, piece):
+        assert torch.equal(own, want)
+
+
+def slice_of(full, rule, piece):
+    import megatron_edu.tensor_parallel.shard as module
+
+    module.PIECE, kept = piece, module.PIECE
+    group = ParallelDims(tp=2).build().tp_group
+    place = Placement(rule, group if rule else None)
+    own, asked = torch.empty_like(place.cut(full)), []
+
+    def read(name, shape, wanted):
+        asked.append(len(wanted) * 8)
+        assert shape == (24, 8)
+        return full[wanted.start : wanted.stop]
+
+    fill_slice(own, "any", place, read)
+    module.PIECE = kept
+    assert max(asked) <= max(8, piece)
+    return own, place.cut(full)
+
+
+# ------------------------------------------------------------------------ memory
+
+
+class Allocations(TorchDispatchMode):
+    "The largest sum of the storages that are alive, counted as they come and go."
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = set(), 0, 0
+
+    def gone(self, place, size):
+        self.alive.discard(place)
+        self.now -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if not isinstance(tensor, torch.Tensor) or tensor.is_meta:
+                continue
+            storage = tensor.untyped_storage()      # a file that is mapped cannot be resized
+            if storage.resizable() and storage._cdata not in self.alive:
+                self.alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return results
+
+
+MODELS = {
+    "gpt2": replace(PRESETS["gpt2-124m"], num_layers=2),
+    "bert": replace(PRESETS["bert-336m"], num_layers=2),
+}
+
+
+def peaks_of(kind, folder):
+    "Peak of a start over this rank's slices: drawn, and loaded."
+    group, found = ParallelDims(tp=4).build().tp_group, []
+    for make in (
+        lambda: build_model(MODELS[kind], group),
+        lambda: load_model(folder, group),
+    ):
+        with Allocations() as seen:
+            model = make()
+        own = sum(parameter.nbytes for parameter in model.parameters())
+        found.append(seen.peak / own)
+        assert next(model.parameters()).device.type == "cpu"
+    return found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_start_needs_at_most_two_slices(cpu_ranks, tmp_path, kind):
+    folder = save_checkpoint(tmp_path / "run", 0, build_model(MODELS[kind]))
+    for drawn, loaded in cpu_ranks(4)(peaks_of, kind, folder):
+        assert 1 <= drawn < 2 and 1 <= loaded < 2
+
+
+@pytest.mark.parametrize("kind", [GPT2, Bert])
+def test_without_a_seed_nothing_is_drawn(kind):
+    name = "tiny" if kind is GPT2 else "bert-tiny"
+    model = kind(PRESETS[name], seed=None)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    want = kind(PRESETS[name]).state_dict()
+    fill(model, lambda name, shape, asked: want[name][asked.start : asked.stop])
+    assert all(torch.equal(p, want[name]) for name, p in model.named_parameters())
+    assert [place.rule for place in placements(model).values()].count(None) > 0
+
+
+def test_a_seed_that_is_none(cpu_ranks):
+    for wrong in (-1, 2**64):
+        with pytest.raises(ValueError, match="seed"):
+            GPT2(CONFIG, seed=wrong)
