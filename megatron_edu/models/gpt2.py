@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         self,
         seed: int | None,       # None: draw nothing, the weights will be loaded
     ) -> None:
-        "Give this rank's slices their initial values (paper, 4.2), of the same full tensors on all."
+        "Give this rank's slices their initial values: of the same full weights for any split."
         if seed is not None:
             check_seed(seed)
             fill(self, lambda *rows: initial_rows(*rows, self.config, seed))
