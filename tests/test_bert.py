@@ -25,10 +25,12 @@ kinds = pytest.mark.parametrize("layer_norm", KINDS)
 # ---------------------------------------------------------------------------- the four checks
 
 
-def four_checks(tp, dp, config, data, device, dtype=torch.float64, **options):
+def four_checks(
+    tp, dp, config, data, device, dtype=torch.float64, recompute=False, **options
+):
     "One step of both models with the same shaken weights."
     mine = groups(tp, dp, device)
-    model, full = pair(config, mine.tp_group, dtype, device)
+    model, full = pair(config, mine.tp_group, dtype, device, recompute)
     wrapped = DataParallel(model, mine.dp_group)
     data = {name: tensor.to(device) for name, tensor in data.items()}
     return check_equivalence(wrapped, full, **data, dp_group=mine.dp_group, **options)
