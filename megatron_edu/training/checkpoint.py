@@ -162,7 +162,7 @@ def _gather_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 # %% ../../nbs/6_training/04_checkpoint.ipynb #2162ba66
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[safetensors.safe_open]:
+def opened(path: Path) -> Iterator["safetensors.safe_open"]:
     "A safetensors file, to read from. `ValueError` for a damaged one."
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -174,7 +174,7 @@ def opened(path: Path) -> Iterator[safetensors.safe_open]:
 
 
 def rows_of(
-    file: safetensors.safe_open,
+    file: "safetensors.safe_open",
     path: Path,             # of the file, for the message
     prefix: str = "",       # before the names of parameters
 ) -> ReadRows:
