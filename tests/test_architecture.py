@@ -236,7 +236,7 @@ import megatron_edu.models as models
 models.GPT2Config, models.BertConfig, models.PRESETS, models.build_model
 found = [name for name in sys.modules if name.startswith("megatron_edu.")]
 print(*sorted(name.removeprefix("megatron_edu.") for name in found), "torch" in sys.modules)
-print(models.GPT2.__module__, models.Bert.__module__, "GPT2" in dir(models))
+print(models.gpt2.__name__, models.Bert.__module__, "GPT2" in dir(models), models.GPT2.__name__)
 """
 
 
@@ -244,7 +244,7 @@ def test_the_records_load_nothing_that_they_name():
     done = subprocess.run([sys.executable, "-c", LAZY], capture_output=True, text=True, check=True)
     loaded, models = done.stdout.splitlines()
     assert loaded == "checks config models models.architecture False"
-    assert models == "megatron_edu.models.gpt2 megatron_edu.models.bert True"
+    assert models == "megatron_edu.models.gpt2 megatron_edu.models.bert True GPT2"
 
 
 # ------------------------------------------------------------------------- who knows the kinds

@@ -19,6 +19,8 @@ _all_ = ["PRESETS", "Bert", "BertConfig", "GPT2", "GPT2Config", "build_model"]
 def __getattr__(name: str):
     if name in LAZY:
         return getattr(import_module(f"{__name__}.{LAZY[name]}"), name)
+    if name in LAZY.values():
+        return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
