@@ -16,7 +16,7 @@ from megatron_edu.course.mutants_gpt2 import MUTANTS
 from megatron_edu.testing import Report
 
 EVERY = MUTANTS | BERT_MUTANTS
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GREEN, RED = Report(0, 1e-16, 1e-16, 0), Report(0, 0.2, 0.3, 0.7)
 
 
