@@ -11,16 +11,16 @@ import megatron_edu
 ROOT = Path(megatron_edu.__file__).parent
 FLOORS = [      # of the modules, lowest first; a package's name stands for all of its modules
     "checks errors streams mesh machine files owner failures watch shared_memory config ranks",
-    "comm first_rank definitions weights settings memory",
+    "comm first_rank definitions weights memory",
     "reference tensor_parallel data",
     "models testing",
-    "training resume generate interop scaling",
+    "settings training resume generate interop scaling",
     "verify course demo",
     "cli",
 ]
 # Within its own floor a module may import another one, as long as no circle comes of it.
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
-ORACLE = {"testing", "verify", "scaling.contenders", "course", "reference"}     # may know `reference`
+ORACLE = {"testing", "verify", "scaling.contenders", "course", "reference"}   # may know the oracle
 MUTANTS = {"course", "cli.breaking"}                                            # may know `course`
 
 
