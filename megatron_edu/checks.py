@@ -89,8 +89,8 @@ def check_whole(
 SEEDS = LARGEST     # PyTorch's generators take up to 2**64 - 1, but read the upper half as negative
 
 
-def check_seed(seed: int) -> None:
+def check_seed(seed: int, name: str = "seed") -> None:
     "Raise `TypeError` for what is no whole number, `ValueError` for one that is no seed."
-    check_kind("seed", seed, int)
+    check_kind(name, seed, int)
     if not 0 <= seed < SEEDS:
-        raise ValueError(f"seed={seed}: must be from 0 to {SEEDS - 1}")
+        raise ValueError(f"{name}={seed}: must be from 0 to {SEEDS - 1}")

@@ -10,7 +10,7 @@ __all__ = ['MODEL', 'OPTIMIZER', 'CONFIG', 'STATE', 'MOMENTS', 'OTHER', 'CONCERN
            'check_tensors', 'check_consumed', 'check_record', 'read_checkpoint', 'check_numbers', 'Choice',
            'given_folder', 'newest_good', 'choose_checkpoint', 'set_aside', 'differences', 'resolved', 'check_model',
            'refusal', 'check_same', 'rate_note', 'changes', 'describe_tokens', 'token_files', 'check_tokens_are',
-           'Decision', 'decide', 'check_begun']
+           'Decision', 'decide', 'check_split_seed', 'check_begun']
 
 # %% ../nbs/6_training/04_resume.ipynb #f8a2edd0
 import json
@@ -179,9 +179,10 @@ def read_settings(
     "A configuration from JSON. `ValueError` for what is none."
     parts, older = [], {MOVED: described["model"][MOVED]} if MOVED in described["model"] else {}
     for name, kind in CONCERNS.items():
-        content, known = described.get(name, {}), {}
-        if name == "run":
-            known = {"out": out, "resume": resume, **older}
+        content = described.get(name, {})
+        known = {"out": out, "resume": resume, **older} if name == "run" else {}
+        if name == "run" and isinstance(content, dict):
+            known["split_seed"] = content.get("split_seed")     # None: begun by file order
         parts.append(read_fields(kind, content, f"{where}: {name}", **known))
     return TrainConfig(model, *parts)
 
@@ -321,7 +322,8 @@ def _is_text(value: Any) -> bool:
 
 
 DATA = {        # what a run notes of its data, and how it looks
-    "prefix": _is_text, "tokens": is_count, "files": lambda value: _is_list(value, _is_entry),
+    "prefix": _is_text, "tokens": is_count, "vocab_size": is_count,
+    "files": lambda value: _is_list(value, _is_entry),
     "given": lambda value: _is_list(value, _is_text), "text_field": _is_text, "ids": _is_text,
     "inputs": lambda value: _is_list(value, _is_entry),
 }
@@ -468,7 +470,7 @@ FIELDS: dict[str, dict[str, str | None]] = {    # of each field: STAYS, or what 
         "init_std": "no effect: the weights are there",
     },
     "run": {
-        "seed": STAYS, "validation": STAYS,
+        "seed": STAYS, "split_seed": STAYS, "validation": STAYS, "test": STAYS,
         "steps": "the schedule is stretched or cut to it, and each rate from here on with it",
         "batch_size": "each step left reads so many samples; the rates stay",
         "micro_batch": ROUNDING,
@@ -638,6 +640,7 @@ def decide(
     "Where a run goes on. `ValueError` for what does not belong together."
     checkpoint, notes, later = choose_checkpoint(config.run.out, config.run.resume)
     if checkpoint is None:
+        check_split_seed(config)
         record = {**(origin or {}), "begun": {"step": 0, "consumed": 0}}
         record["data"] = {**record.get("data", {}), **describe_tokens(prefix, count)}
         if init_from is not None:
@@ -656,6 +659,16 @@ def decide(
         record["moments_from"] = checkpoint.step
         notes.append(f"{checkpoint.folder.name} is of weights alone: the moments begin at zero")
     return Decision(checkpoint, record, notes + changes(config, checkpoint), later)
+
+
+def check_split_seed(config: TrainConfig) -> None:
+    "Raise `ValueError` for a new run that asks for the file's order: only old ones go on by it."
+    if config.run.split_seed is None:
+        raise ValueError(
+            "split_seed=None: a new run picks the documents that it holds out by a hash, and only "
+            "one that began with the last ones of the file goes on so; give --split-seed a whole "
+            "number, 0 or more"
+        )
 
 
 def check_begun(

@@ -63,10 +63,12 @@ class RunConfig:
     batch_size: int = 512                       # samples a step, over all replicas
     micro_batch: int | None = None              # samples a replica runs at once; None: its share
     seed: int = 1                               # of initial weights, order of samples and dropout
+    split_seed: int | None = 0                  # of which documents are held out; None: file order
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"     # of matrix products; tf32: GPUs
     compile: bool = False                       # run the blocks through torch.compile
     recompute: bool = False                     # a block's activations, in the backward pass
     validation: float = 0.03                    # share of the documents held out (paper, 4.1: 3 %)
+    test: float = 0.0                           # share kept for a last test, which no run reads
     eval_every: int = 1000                      # steps between validation losses
     eval_batches: int = 8                       # global batches of each validation loss
     log_every: int = 10                         # steps between lines where there is no terminal
@@ -83,7 +85,19 @@ class RunConfig:
             raise ValueError(
                 f"validation={self.validation}: must be a share of the documents between 0 and 1"
             )
+        if not 0 <= self.test < 1 - self.validation:
+            raise ValueError(
+                f"test={self.test}: must be a share of the documents, from 0 to below what "
+                f"validation={self.validation} leaves of 1"
+            )
         check_seed(self.seed)
+        if self.split_seed is not None:
+            check_seed(self.split_seed, "split_seed")
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        "Of the documents: to train on, to validate on, and for a test."
+        return 1 - (self.validation + self.test), self.validation, self.test
 
 # %% ../nbs/2_reference/05_settings.ipynb #b18d7fb4
 @dataclass(frozen=True)

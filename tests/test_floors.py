@@ -20,7 +20,7 @@ FLOORS = [      # of the modules, lowest first; a package's name stands for all 
 ]
 # Within its own floor a module may import another one, as long as no circle comes of it.
 LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names.split()}
-ORACLE = {"testing", "verify", "scaling.contenders", "course", "reference"}   # may know the oracle
+ORACLE = {"testing", "verify", "scaling.contenders", "course", "reference"}     # know the oracle
 MUTANTS = {"course", "cli.breaking"}                                            # may know `course`
 
 

@@ -18,7 +18,8 @@ from megatron_edu.cli import main
 from megatron_edu.cli import train as train_verb
 from megatron_edu.cli.parse import parse
 from megatron_edu.config import BertConfig, GPT2Config
-from megatron_edu.data.gpt2 import GPT2Samples
+from megatron_edu.data import token_file
+from megatron_edu.data.gpt2 import GPT2Samples, split_documents
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.files import mark_folder
@@ -28,6 +29,7 @@ from megatron_edu.data.prepare import prepare
 from megatron_edu.resume import choose_checkpoint, latest_checkpoint, read_checkpoint
 from megatron_edu.settings import OptimizerConfig, RunConfig, TrainConfig
 from megatron_edu.training import journal
+from megatron_edu.training import run as loop_data
 from megatron_edu.training.checkpoint import load_model, load_state, save_checkpoint
 from megatron_edu.training.journal import Journal, plot_metrics, read_metrics, validation_losses
 from megatron_edu.training.loop import train
@@ -317,6 +319,9 @@ def test_any_other_folder_is_not_gone_on_from(copy, whole, tmp_path, which):
     [
         ({"seed": 2}, "seed is 1, and 2 here; go on with --seed 1, or choose another --out"),
         ({"validation": 0.2}, "validation is 0.1, and 0.2 here; go on with --validation 0.1"),
+        ({"split_seed": 5}, "split_seed is 0, and 5 here; go on with --split-seed 0"),
+        ({"split_seed": None}, "split_seed is 0, and None here; go on with --split-seed 0"),
+        ({"test": 0.1}, "test is 0.0, and 0.1 here; go on with --test 0.0"),
         ({"model": replace(TINY, num_heads=2)}, "num_heads is 4, and 2 here; .* --num-heads 4"),
         ({"model": replace(TINY, vocab_size=91)}, "vocab_size is 90, and 91 here; go on with"),
         ({"model": BertConfig(2, 32, 4, 90, 16)}, "of a gpt2, which cannot go on as a bert"),
@@ -327,6 +332,82 @@ def test_what_decides_model_and_data_stays(copy, tokens, change, words):
     with pytest.raises(ValueError, match=words):
         run_here(plan(copy, resume="auto", steps=9, **change), tokens)
     assert content(copy) == kept
+
+
+def as_it_was_written(run: Path, step: int) -> None:
+    "Make the checkpoint one of a time when the last documents of the file were held out."
+    path = run / f"step-{step:08d}" / "config.json"
+    described = json.loads(path.read_text())
+    for name in ("split_seed", "test"):
+        described["run"].pop(name)
+    described["data"].pop("vocab_size")
+    path.write_text(json.dumps(described))
+
+
+@pytest.fixture
+def old(tokens, tmp_path, monkeypatch) -> Path:
+    "A run of before: six steps by the order of the file, with checkpoints after three and six."
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "check_split_seed", lambda config: None)
+        run_here(plan(tmp_path / "old", split_seed=None), tokens)
+    for step in (3, 6):
+        as_it_was_written(tmp_path / "old", step)
+    return tmp_path / "old"
+
+
+def test_a_run_by_the_order_of_the_file_goes_on_by_it(old, tokens, monkeypatch):
+    before, parts, real = losses(old), [], loop_data.open_samples
+    monkeypatch.setattr(
+        loop_data, "open_samples", lambda *args: parts.append(args[-1].tolist()) or real(*args)
+    )
+    again = plan(old, resume=old / "step-00000003", split_seed=None)
+    run_here(again, tokens)
+    assert parts == [list(range(18)), [18, 19]] and losses(old) == before
+    described = json.loads((old / "step-00000006" / "config.json").read_text())
+    assert described["run"]["split_seed"] is None and described["run"]["test"] == 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_run_by_the_order_of_the_file_takes_no_other(old, tokens, seed):
+    kept = content(old)
+    words = f"split_seed is None, and {seed} here; go on with --split-seed None, or"
+    with pytest.raises(ValueError, match=words):
+        run_here(plan(old, resume="auto", steps=9, split_seed=seed), tokens)
+    assert content(old) == kept
+
+
+def test_a_new_run_has_no_order_of_the_file(tokens, tmp_path):
+    with pytest.raises(ValueError, match="split_seed=None: a new run .* give --split-seed a whole"):
+        run_here(plan(tmp_path / "new", split_seed=None), tokens)
+
+
+def test_the_seed_of_a_run_moves_no_document(tokens, tmp_path, monkeypatch):
+    "Only that of the split does; and a test is read by nobody."
+    parts, real = [], loop_data.open_samples
+    monkeypatch.setattr(
+        loop_data, "open_samples", lambda *args: parts.append(set(args[-1].tolist())) or real(*args)
+    )
+    for number, settings in enumerate(({}, {"seed": 2}, {"split_seed": 1}, {"test": 0.2})):
+        run_here(plan(tmp_path / f"{number}", steps=1, **settings), tokens)
+    assert parts[0:2] == parts[2:4] and parts[1] != parts[5]
+    assert parts[0] | parts[1] == parts[4] | parts[5] == set(range(20))
+    read = parts[6] | parts[7]
+    assert len(read) == 16 and parts[6].isdisjoint(parts[7])
+    assert read == set(range(20)) - set(split_documents(20, (0.7, 0.1, 0.2))[2].tolist())
+
+
+def test_tokens_are_looked_at_once_in_the_life_of_a_run(copy, tokens, monkeypatch):
+    "By the record of the run; a checkpoint without that note has them looked at again."
+    looked, real = [], token_file.check_ids
+    monkeypatch.setattr(token_file, "check_ids", lambda *args: looked.append(1) or real(*args))
+    run_here(plan(copy, resume="auto", steps=7), tokens)
+    assert looked == []
+    described = json.loads((copy / "step-00000007" / "config.json").read_text())
+    described["data"].pop("vocab_size")
+    (copy / "step-00000007" / "config.json").write_text(json.dumps(described))
+    run_here(plan(copy, resume="auto", steps=8), tokens)
+    assert looked == [1]
+    assert json.loads((copy / "step-00000008" / "config.json").read_text())["data"]["vocab_size"]
 
 
 def test_what_may_change_is_told_with_its_consequence(copy, tokens, capsys):
@@ -641,6 +722,37 @@ def config_of(run, step) -> dict:
     return found
 
 
+def test_an_old_run_keeps_its_split_on_the_command_line(here, capsys):
+    "Without an option it goes on by the order of the file, and says so."
+    as_it_was_written(Path("run"), 2)
+    text = refusal(capsys, "train --out run --resume auto --steps 4 --split-seed 0")
+    assert "go on with --split-seed None" in text
+    me("train --out run --resume auto --steps 3")
+    assert "documents, the last ones" in capsys.readouterr().out
+    assert config_of("run", 3)["run"]["split_seed"] is None
+    me("train --out run --resume auto --steps 4 --split-seed None")
+    assert config_of("run", 4)["run"]["split_seed"] is None
+    text = refusal(capsys, f"train {SHORT} --data ready --out new --split-seed None")
+    assert "split_seed=None: a new run" in text and not Path("new").exists()
+
+
+def planned(line: str) -> train_verb.Plan:
+    return train_verb.make_plan(parse("train", [*SHORT.split(), *line.split()]))
+
+
+def test_tokens_that_we_wrote_are_not_looked_at_again(here, monkeypatch):
+    "Neither for a first run nor for the next; what was touched since is."
+    looked, real = [], token_file.check_ids
+    monkeypatch.setattr(token_file, "check_ids", lambda *args: looked.append(1) or real(*args))
+    for name in ("ready", "texts"):
+        planned(f"--data {name} --out {name}-run")
+    planned("--data ready --out another")
+    assert looked == []
+    os.utime("ready/tokens.bin", (1, 1))
+    planned("--data ready --out third")
+    assert looked
+
+
 @pytest.mark.parametrize("name", ["run", "tokens-run", "bert-run"])
 def test_options_that_are_not_given_are_the_runs(here, capsys, name):
     before = config_of(name, 2)
@@ -804,6 +916,8 @@ def test_the_runs_own_tokens_are_checked(fresh, capsys):
     [
         ("run", "--seed 4", "--seed 3, or choose another --out"),
         ("run", "--validation 0.2", "--validation 0.03,"),
+        ("run", "--split-seed 2", "split_seed is 0, and 2 here; go on with --split-seed 0"),
+        ("run", "--test 0.2", "test is 0.0, and 0.2 here; go on with --test 0.0"),
         ("run", "--num-layers 2 --gelu exact", "go on with --num-layers 1 --gelu tanh"),
         ("run", "--max-seq-len 8", "--max-seq-len 16"),
         ("run", "--vocab-size 280", "--vocab-size 290"),
@@ -909,7 +1023,9 @@ def test_under_torchrun_the_first_rank_plans_for_all(here, monkeypatch, line):
     first = plan_of(0, line, monkeypatch, store)
     monkeypatch.setattr(train_verb, "make_plan", lambda asked: pytest.fail("planned by another"))
     second = plan_of(1, line, monkeypatch, store)
-    assert second._replace(lines=[], begins=False) == first._replace(lines=[], begins=False)
+    plans = [plan._replace(lines=[], begins=False, tokens=None) for plan in (first, second)]
+    assert plans[0] == plans[1] and first.tokens.prefix == second.tokens.prefix
+    assert second.tokens.known_vocab == first.tokens.known_vocab is not None
 
 
 def test_under_torchrun_all_are_refused_alike(here, monkeypatch):

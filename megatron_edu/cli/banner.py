@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .checks import length_note
-from ..data.gpt2 import split_documents
+from ..data.gpt2 import split_documents, tokens_in
 from ..data.token_file import TokenFile
 from ..machine import available_memory, in_bytes
 from ..memory import training_bytes
@@ -47,10 +47,11 @@ def tell_data(
     named: Path | None,         # the tokenizer that was asked for
 ) -> list[str]:
     "Where tokens and tokenizer come from, how many there are, and how many are held out."
-    starts, share = tokens.document_starts, config.run.validation
+    starts, run = tokens.document_starts, config.run
     documents = len(starts) - 1
-    held_out = split_documents(documents, (1 - share, share))[1]
-    kept = int(starts[held_out.stop] - starts[held_out.start])
+    _, *kept = split_documents(documents, run.shares, run.split_seed)
+    held_out, test = (f"{tokens_in(starts, d):,} tokens in {len(d):,} documents" for d in kept)
+    how = "the last ones" if run.split_seed is None else f"by split_seed={run.split_seed}"
     if tokenizer is None:
         origin = "none; ids are taken as they are"
     elif named is not None:
@@ -60,7 +61,8 @@ def tell_data(
     sources = ", ".join(map(str, data))
     return [
         entry("data", f"{tokens.num_tokens:,} tokens in {documents:,} documents, from {sources}"),
-        entry("held out", f"{kept:,} tokens in {len(held_out):,} documents, the last ones"),
+        entry("held out", f"{held_out}, {how}"),
+        *([entry("test", f"{test}, which this run does not read")] if run.test else []),
         entry("tokenizer", f"{origin}; the model knows {config.model.vocab_size:,} tokens"),
     ]
 
@@ -71,9 +73,8 @@ def tell_steps(
 ) -> list[str]:
     "Parameters, tokens a step, micro-batches, epochs, and a warm-up that has no end."
     run, model, dp = config.run, config.model, config.parallel.dp
-    starts, share = tokens.document_starts, run.validation
-    train = split_documents(len(starts) - 1, (1 - share, share))[0]
-    text = int(starts[train.stop] - starts[train.start])
+    starts = tokens.document_starts
+    text = tokens_in(starts, split_documents(len(starts) - 1, run.shares, run.split_seed)[0])
     a_step, own = run.batch_size * model.max_seq_len, run.batch_size // dp
     micro = run.micro_batch or own
     replicas = f" on each of {dp} replicas" if dp > 1 else ""
@@ -81,7 +82,7 @@ def tell_steps(
         entry("size", f"{architecture_of(model).name} of {model.num_parameters():,} parameters"),
         entry("step", f"{a_step:,} tokens: {run.batch_size:,} samples of {model.max_seq_len:,}, in "
                       f"micro-batches of {micro:,}, {own // micro:,} of them{replicas}"),
-        entry("epochs", f"about {run.steps * a_step / text:.3g} of the text that is not held out: "
+        entry("epochs", f"about {run.steps * a_step / text:.3g} of the text that is trained on: "
                         f"{run.steps:,} steps, {run.steps * a_step:,} tokens"),
     ]
     warmup = config.optimizer.warmup_steps

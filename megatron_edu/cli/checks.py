@@ -89,8 +89,8 @@ def check_tokens(
     "Raise `ValueError` for ids above the vocabulary, and for too little text."
     check_split(config.model, config.parallel.tp, trained)
     tokens.check_vocab(config.model.vocab_size)
-    held_out = config.run.validation
-    for part in split_documents(len(tokens.document_starts) - 1, (1 - held_out, held_out)):
+    run, count = config.run, len(tokens.document_starts) - 1
+    for part in split_documents(count, run.shares, run.split_seed)[:2]:
         open_samples(config, tokens, tokenizer, 1, part)
 
 # %% ../../nbs/7_using/02_refusals.ipynb #4af90f3a

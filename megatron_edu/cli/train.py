@@ -41,6 +41,7 @@ from megatron_edu.data.prepare import (
     TOKENIZER,
     TOKENS,
     find_token_file,
+    open_tokens,
     prepare_text,
     save_tokenizer,
 )
@@ -49,6 +50,7 @@ from megatron_edu.resume import (
     Checkpoint,
     check_begun,
     check_same,
+    check_split_seed,
     check_tokens_are,
     choose_checkpoint,
     plain,
@@ -162,7 +164,7 @@ def find_tokens(
                 f"{prefix}: no {TOKENIZER} beside it, and a {kind.title}'s samples need the "
                 "special tokens of the tokenizer that wrote it; name that with --tokenizer"
             )
-        return Tokens(TokenFile(prefix), path, noted, [])
+        return Tokens(open_tokens(prefix), path, noted, [])
     if under_torchrun():
         raise ValueError(
             f"{named} is no token file, and many ranks of torchrun would write the same one; "
@@ -206,9 +208,10 @@ def own_tokens(
         check_ids_are(noted, path, checkpoint)
     if prefix is None:
         prefix, notes = tokens_of_text(arguments, checkpoint)
-    file = TokenFile(prefix)
+    file = open_tokens(prefix)
     if noted is not None:
         check_tokens_are(noted, prefix, file.num_tokens, checkpoint.folder)
+        file.known_vocab = file.known_vocab or noted.get("vocab_size")
     return Tokens(file, path, {}, notes)
 
 
@@ -273,7 +276,7 @@ class Plan(NamedTuple):
     "What the ranks are to do."
 
     config: TrainConfig
-    prefix: Path                # of the token file
+    tokens: TokenFile
     tokenizer: Path | None
     init_from: Path | None      # where a new run takes its weights
     origin: dict                # what a new run notes of itself
@@ -306,6 +309,7 @@ def make_plan(arguments: TrainArguments) -> Plan:
 
 def _begin(arguments: TrainArguments, lines: list[str]) -> Plan:
     "The plan of a new run."
+    check_split_seed(arguments.config)
     config, folder, own, model = arguments.config, arguments.init_from, None, None
     if folder is not None:
         source = find_source(folder)
@@ -339,7 +343,7 @@ def _checked(
     check_tokens(config, tokens.file, tokenizer, trained=not begins)
     known = arguments.data or (tokens.file.prefix,), arguments.tokenizer
     lines = [*banner(config, tokens.file, path, *known), *lines]
-    return Plan(config, tokens.file.prefix, path, init_from, origin, lines, begins, done)
+    return Plan(config, tokens.file, path, init_from, origin, lines, begins, done)
 
 # %% ../../nbs/7_using/02_train.ipynb #0c399641
 PATIENCE = timedelta(hours=6)       # that the first rank may take: it reads all tokens
@@ -366,8 +370,9 @@ def plan_as_json(plan: Plan) -> dict:
     "What the other ranks need of a plan."
     config, texts = plan.config, plan._asdict()
     model = {"architecture": architecture_of(config.model).name, **plain(config)}
-    names = "prefix", "tokenizer", "init_from"
+    names = "tokenizer", "init_from"
     paths = {name: None if texts[name] is None else str(texts[name]) for name in names}
+    paths["tokens"] = [str(plan.tokens.prefix), plan.tokens.known_vocab]
     resume = [str(config.run.resume), isinstance(config.run.resume, Path)]
     return {"config": model, **paths, "origin": plan.origin, "resume": resume, "done": plan.done}
 
@@ -380,9 +385,9 @@ def plan_from(told: dict) -> Plan:
     model = ARCHITECTURES[config["architecture"]].config(**config["model"])
     places = {"out": Path(config["run"]["out"]), "resume": Path(resume) if is_path else resume}
     settings = read_settings(config, model, Path("plan"), **places)
-    names = "prefix", "tokenizer", "init_from"
-    paths = [None if told[name] is None else Path(told[name]) for name in names]
-    return Plan(settings, *paths, told["origin"], [], False, told["done"])
+    paths = [told[name] and Path(told[name]) for name in ("tokenizer", "init_from")]
+    tokens = TokenFile(*told["tokens"])
+    return Plan(settings, tokens, *paths, told["origin"], [], False, told["done"])
 
 # %% ../../nbs/7_using/02_train.ipynb #e0d8bd0f
 def train_on_rank(
@@ -396,9 +401,8 @@ def train_on_rank(
     model = plan.config.model
     needed = architecture_of(model).special_tokens
     pieces = tokenizer_of(plan.tokenizer, model) if needed else None
-    tokens = TokenFile(plan.prefix)
     start = plan.init_from, plan.origin
-    train(plan.config, tokens, groups, device, pieces, *start, owner=owner, quiet=quiet)
+    train(plan.config, plan.tokens, groups, device, pieces, *start, owner=owner, quiet=quiet)
 
 
 def run(arguments: TrainArguments) -> None:

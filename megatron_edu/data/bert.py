@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from ..checks import check_kind
-from .gpt2 import check_count, check_range, check_samples
+from .gpt2 import check_count, check_samples, document_numbers
 from .masking import below, chosen, hide, ngrams
-from .token_file import TokenFile, check_ids
+from .token_file import TokenFile
 from .wordpiece import WordPiece
 
 # %% ../../nbs/5_data/09_bert_samples.ipynb #06854471
@@ -72,25 +72,27 @@ def windows(
 # %% ../../nbs/5_data/09_bert_samples.ipynb #6e9d061d
 def usable_documents(
     token_file: TokenFile,
-    documents: range,
+    documents: np.ndarray | range | None,   # of the file, ascending; None: all
 ) -> tuple[np.ndarray, np.ndarray]:     # (documents,) each: first sentence, the one after the last
     "Documents of two or more sentences. ValueError if there are none, or for an empty sentence."
     name, offsets = str(token_file.prefix), token_file.document_offsets
-    check_range(name, len(offsets) - 1, documents)
-    bounds = offsets[documents.start : documents.stop + 1]
-    sizes = token_file.sizes[bounds[0] : bounds[-1]]
-    if not sizes.all():
+    documents = document_numbers(name, len(offsets) - 1, documents)
+    empty = np.flatnonzero(token_file.sizes == 0)
+    owners = np.searchsorted(offsets, empty, side="right") - 1
+    empty = empty[np.isin(owners, documents)]
+    if len(empty):
         raise ValueError(
-            f"{name}: sentence {bounds[0] + np.argmin(sizes)} has no token; each needs one or "
-            "more; write the file anew with sentences_to_file"
+            f"{name}: sentence {empty[0]} has no token; each needs one or more; write the file "
+            "anew with sentences_to_file"
         )
-    long = np.diff(bounds) >= 2
+    first, stop = offsets[documents], offsets[documents + 1]
+    long = stop - first >= 2
     if not long.any():
         raise ValueError(
-            f"{name}: none of the documents {documents} has two sentences; a sample takes two or "
+            f"{name}: none of {len(documents)} documents has two sentences; a sample takes two or "
             "more of one document; write the file with sentences_to_file, or add text"
         )
-    return bounds[:-1][long], bounds[1:][long]
+    return first[long], stop[long]
 
 # %% ../../nbs/5_data/09_bert_samples.ipynb #df29e308
 class Places:
@@ -208,7 +210,7 @@ class SentencePairs(torch.utils.data.Dataset):
         seq_len: int,                       # s
         num_samples: int | None = None,     # None: those of one epoch
         seed: int = 1,
-        documents: range | None = None,     # of the file; None: all (see `split_documents`)
+        documents: np.ndarray | range | None = None,    # of the file, ascending; None: all
     ):
         check_samples(token_file, seq_len, num_samples, seed, documents)
         check_kind("tokenizer", tokenizer, WordPiece)
@@ -220,8 +222,8 @@ class SentencePairs(torch.utils.data.Dataset):
             )
         self.token_file, self.tokenizer = token_file, tokenizer
         self.seq_len, self.seed = seq_len, seed
-        documents = range(len(token_file.document_offsets) - 1) if documents is None else documents
         first, stop = usable_documents(token_file, documents)
+        token_file.check_vocab(tokenizer.vocab_size)
         self.starts = token_file.sequence_starts
         self.places = Places(self.starts, first, stop, seq_len - SPECIALS, seed)
         self.num_samples = len(self.places.epoch(0)) if num_samples is None else num_samples
@@ -232,11 +234,9 @@ class SentencePairs(torch.utils.data.Dataset):
         return self.num_samples
 
     def read(self, places: np.ndarray) -> np.ndarray:       # (...) both
-        "Tokens at places of the file, or the nearest. ValueError for one outside the vocabulary."
+        "Tokens at places of the file, or the nearest."
         text = self.token_file.read(0, self.token_file.num_tokens)
-        tokens = text.take(places, mode="clip").astype(np.int64)
-        check_ids(tokens.ravel(), self.tokenizer.vocab_size, str(self.token_file.prefix))
-        return tokens
+        return text.take(places, mode="clip").astype(np.int64)
 
 # %% ../../nbs/5_data/09_bert_samples.ipynb #ace06d6c
 class BertSamples(SentencePairs):

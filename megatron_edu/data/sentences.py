@@ -78,4 +78,4 @@ def sentences_to_file(
                 writer.end_document()
         if not len(writer.sizes):
             raise ValueError(f"{prefix}: no sentences to write; at least one is needed; add text")
-    return TokenFile(prefix)
+    return TokenFile(prefix, tokenizer.vocab_size)

@@ -182,9 +182,13 @@ class TokenFile(TokenIndex):
     Raises ValueError for files that are missing, cut short, or no token file at all.
     """
 
-    def __init__(self, prefix: str | Path):     # of the files `prefix.bin` and `prefix.idx`
+    def __init__(
+        self,
+        prefix: str | Path,                 # of the files `prefix.bin` and `prefix.idx`
+        known_vocab: int | None = None,     # all ids are known to be below it; None: nobody looked
+    ):
         check_kind("prefix", prefix, str | Path)
-        self.prefix = Path(prefix)
+        self.prefix, self.known_vocab = Path(prefix), known_vocab
         tokens, index = existing(bin_path(prefix)), existing(idx_path(prefix))
         super().__init__(index)
         need = self.num_tokens * self.dtype.itemsize
@@ -200,7 +204,7 @@ class TokenFile(TokenIndex):
         return self.read(int(self._starts[i]) // self.dtype.itemsize, int(self.sizes[i]))
 
     def __reduce__(self):
-        return TokenFile, (self.prefix.absolute(),)
+        return TokenFile, (self.prefix.absolute(), self.known_vocab)
 
     def read(self, start: int, length: int) -> np.ndarray:
         "`length` tokens from token `start` of the whole stream: a view of the file, not a copy."
@@ -210,7 +214,10 @@ class TokenFile(TokenIndex):
         return self._tokens[start : start + length]
 
     def check_vocab(self, vocab_size: int) -> None:
-        "Read every token once; ValueError if one is outside the vocabulary."
+        "ValueError if a token is outside the vocabulary. Each is read once: what is known stays."
+        if self.known_vocab is not None and self.known_vocab <= vocab_size:
+            return
         for start in range(0, self.num_tokens, BLOCK):
             block = self._tokens[start : start + BLOCK]
             check_ids(block, vocab_size, f"{bin_path(self.prefix)}, from token {start}")
+        self.known_vocab = vocab_size

@@ -172,4 +172,4 @@ def tokenize_to_file(
             writer.end_document()
         if not len(writer.sizes):
             raise ValueError(f"{prefix}: no documents to write; at least one is needed; add text")
-    return TokenFile(prefix)
+    return TokenFile(prefix, tokenizer.vocab_size)

@@ -6,6 +6,8 @@
 __all__ = ['STEPS', 'BERT_DEMO', 'riddles', 'filled', 'first_samples', 'progress', 'demo_bert']
 
 # %% ../../nbs/7_using/02_demo_bert.ipynb #e9bf3f89
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from ..data.bert import BertSamples
@@ -37,13 +39,13 @@ BERT_DEMO = DemoConfig(Path("runs/demo-bert"), STEPS, model="bert")
 def riddles(
     tokens: TokenFile,
     tokenizer: WordPiece,
-    documents: range,           # of the token file
+    documents: Iterable[int],   # of the token file
     count: int = 3,
 ) -> list[tuple[str, str]]:     # a sentence with a [MASK], and what was there
     "Plain sentences, each once, evenly spaced; the middle token of each is hidden."
     plain = {}
-    first, stop = tokens.document_offsets[[documents.start, documents.stop]].tolist()
-    for i in range(first, stop):
+    offsets = tokens.document_offsets
+    for i in chain.from_iterable(range(*offsets[d : d + 2]) for d in documents):
         words = [tokenizer.core.id_to_token(k) for k in tokens[i].tolist()]
         if 8 <= len(words) <= 16 and all(word.isalpha() or word in ",." for word in words):
             plain[" ".join(words)] = words
@@ -104,8 +106,8 @@ def demo_bert(
         say(line)
     say(f"curves in {out / 'loss.png'}; words hidden in sentences that it has never seen:")
     checkpoint = checkpoint_folder(out, config.steps)
-    model, held_out = load_model(checkpoint), plan.run.validation
-    parts = split_documents(len(tokens.document_offsets) - 1, (1 - held_out, held_out))
+    model, run = load_model(checkpoint), plan.run
+    parts = split_documents(len(tokens.document_offsets) - 1, run.shares, run.split_seed)
     for text, truth in riddles(tokens, tokenizer, parts[1]):
         print(filled(text, truth, fill_mask(model, tokenizer, text)[0]))
     rows = compare_on_ranks(checkpoint, first_samples(tokens, tokenizer), say)

@@ -22,9 +22,7 @@ class _LossesOf(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-
-    def forward(self, *args, **kwargs):
-        return self.model.losses(*args, **kwargs)
+        self.forward = model.losses
 
 
 def _averaging(model: nn.Module, group: dist.ProcessGroup) -> DistributedDataParallel:

@@ -167,32 +167,6 @@ def _any_rank(number: int, device: torch.device) -> int:
     world = dist.group.WORLD if dist.is_initialized() else None
     return int(all_reduce(torch.tensor(number, device=device), world, "max"))
 
-# %% ../../nbs/6_training/09_loop.ipynb #067406e6
-def _steps(run: Run, journal: Journal) -> None:
-    "Step after step, with validation, journal and checkpoints, to the end or until `Stopped`."
-    plan, numbers = run.config.run, {}
-    if run.step == 0:
-        before = validate(run.model, run.data)
-        journal.say_validation(0, before)
-        numbers = {f"{name}_before": value for name, value in before.items()}
-    with stop_requested() as asked:
-        while run.step < plan.steps:
-            begun = time.perf_counter()
-            numbers |= run.advance()
-            seconds = time.perf_counter() - begun
-            last = run.step == plan.steps
-            if last or run.step % plan.eval_every == 0:
-                numbers |= validate(run.model, run.data)
-            journal.write(run.step, seconds, **numbers)
-            numbers = {}
-            stop = _any_rank(asked[0] if asked else 0, run.data.device)
-            if last or stop or run.step % plan.save_every == 0:
-                journal.say(f"saved {run.save()}")
-            if stop and not last:
-                name = signal.Signals(stop).name
-                remedy = "go on with --resume auto"
-                raise Stopped(stop, f"stopped by {name} at step {run.step}; {remedy}")
-
 # %% ../../nbs/6_training/09_loop.ipynb #b7bfc7f6
 def _first_rank_decides(
     decision: Callable[[], tuple[str, Decision]],   # called on the first rank; may raise
@@ -216,12 +190,17 @@ def _first_rank_decides(
 def _decision(
     config: TrainConfig,
     token_file: TokenFile,
+    vocab_size: int,            # that its ids must be below
     init_from: Path | None,
     origin: dict | None,
 ) -> tuple[str, Decision]:      # step N, or begin, perhaps with the folder of the first weights
-    "What the first rank decides. The tokens are read once, here."
-    token_file.check_vocab(config.model.vocab_size)
+    "What the first rank decides. The tokens are read here, unless an earlier start has done so."
     made = decide(config, token_file.prefix, token_file.num_tokens, init_from, origin)
+    data = made.record["data"]
+    if token_file.known_vocab is None:
+        token_file.known_vocab = data.get("vocab_size")
+    token_file.check_vocab(vocab_size)
+    data["vocab_size"] = token_file.known_vocab
     made.notes.extend(set_aside(made.later))
     if made.checkpoint is not None:
         return f"step {made.checkpoint.step}", made
@@ -232,7 +211,7 @@ def _decision(
     made.notes.extend([*source.notes, f"beginning with the weights of {source.folder}"])
     return f"begin {source.folder}", made
 
-# %% ../../nbs/6_training/09_loop.ipynb #8a012e9d
+# %% ../../nbs/6_training/09_loop.ipynb #067406e6
 def train(
     config: TrainConfig,
     token_file: TokenFile,
@@ -253,15 +232,18 @@ def train(
     checkpoint cannot be written; older ones stay. Raises `ValueError` for checkpoints that are all
     damaged, and for a run that is to go on as another one.
     """
-    out, device = config.run.out, torch.device(device)
+    out, device, vocab_size = config.run.out, torch.device(device), config.model.vocab_size
+    if tokenizer is not None:       # its samples look ids up in it
+        vocab_size = min(vocab_size, tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
 
         def decision() -> tuple[str, Decision]:
             nonlocal owner
             owner = owner or stack.enter_context(own_run(out))
-            return _decision(config, token_file, init_from, origin)
+            return _decision(config, token_file, vocab_size, init_from, origin)
 
         told, made = _first_rank_decides(decision, device)
+        token_file.known_vocab = vocab_size     # looked at by the first rank, for all
         what, _, where = told.partition(" ")
         checkpoint = checkpoint_folder(out, int(where)) if what == "step" else None
         source = find_source(where) if what == "begin" and where else None
@@ -269,14 +251,33 @@ def train(
         run = begin_run(config, token_file, groups, device, *start)
         run.owner = owner
         journal = Journal(config, run.step, groups.tp_rank == groups.dp_rank == 0, quiet)
-        try:
-            for note in [*made.notes, *run.notes]:
-                journal.say(note)
-            if checkpoint is not None:
-                journal.say(f"going on from {checkpoint}")
-            _steps(run, journal)
-        finally:
-            journal.close()
+        stack.callback(journal.close)
+        for note in [*made.notes, *run.notes]:
+            journal.say(note)
+        if checkpoint is not None:
+            journal.say(f"going on from {checkpoint}")
+        plan, numbers = config.run, {}
+        if run.step == 0:
+            before = validate(run.model, run.data)
+            journal.say_validation(0, before)
+            numbers = {f"{name}_before": value for name, value in before.items()}
+        with stop_requested() as asked:
+            while run.step < plan.steps:
+                begun = time.perf_counter()
+                numbers |= run.advance()
+                seconds = time.perf_counter() - begun
+                last = run.step == plan.steps
+                if last or run.step % plan.eval_every == 0:
+                    numbers |= validate(run.model, run.data)
+                journal.write(run.step, seconds, **numbers)
+                numbers = {}
+                stop = _any_rank(asked[0] if asked else 0, device)
+                if last or stop or run.step % plan.save_every == 0:
+                    journal.say(f"saved {run.save()}")
+                if stop and not last:
+                    name = signal.Signals(stop).name
+                    remedy = "go on with --resume auto"
+                    raise Stopped(stop, f"stopped by {name} at step {run.step}; {remedy}")
         if journal.active:
             plot_metrics(out)
     return run.model

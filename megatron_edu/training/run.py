@@ -10,6 +10,7 @@ __all__ = ['Batch', 'Samples', 'check_tokenizer', 'gpt2_samples', 'bert_samples'
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..config import ModelConfig
@@ -72,7 +73,7 @@ def open_samples(
     tokens: TokenFile,
     tokenizer: WordPiece | None,
     num_samples: int,
-    documents: range,
+    documents: np.ndarray,
 ) -> Samples:
     "Samples of the kind that the model learns from. `ValueError` for too little text."
     kind = resolve(architecture_of(config.model).samples)
@@ -88,6 +89,7 @@ class Data:
     config: TrainConfig
     groups: ParallelGroups
     device: torch.device
+    checked: bool       # whether all ids of the file are known to be the model's
 
     @classmethod
     def open(
@@ -102,12 +104,14 @@ class Data:
     ) -> "Data":
         "Split by documents; samples for the whole run. Raises `ValueError` for too little text."
         run, count = config.run, len(tokens.document_starts) - 1
-        parts = split_documents(count, (1 - run.validation, run.validation))
+        parts = split_documents(count, run.shares, run.split_seed)[:2]      # a test is not read
         left = max(run.steps - step, 1) * run.batch_size        # a run that is done reads none
         sizes = consumed + left, run.eval_batches * run.batch_size
         source = config, tokens, tokenizer
         both = [open_samples(*source, size, part) for size, part in zip(sizes, parts)]
-        return cls(*both, config, groups, device)
+        known = tokens.known_vocab
+        checked = known is not None and known <= config.model.vocab_size
+        return cls(*both, config, groups, device, checked)
 
     def sampler(self, samples: Samples, consumed: int = 0) -> BatchSampler:
         "This replica's micro-batches of the global batches."
@@ -121,4 +125,4 @@ class Data:
         fields = resolve(architecture_of(model).batch_fields)(model, sampler.micro_batch)
         for indices in sampler:
             batch = samples.batch(indices) if self.groups.tp_rank == 0 else None
-            yield broadcast_batch(batch, self.groups.tp_group, fields, self.device)
+            yield broadcast_batch(batch, self.groups.tp_group, fields, self.device, self.checked)

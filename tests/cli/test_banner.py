@@ -9,6 +9,7 @@ import pytest
 from megatron_edu.cli import banner as module
 from megatron_edu.cli.banner import banner
 from megatron_edu.config import PRESETS
+from megatron_edu.data.gpt2 import split_documents
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.mesh import ParallelDims
@@ -50,11 +51,23 @@ def test_the_resolved_configuration_comes_first(tokens):
 
 
 @pytest.mark.parametrize("share, kept, documents", [(0.03, 100, 1), (0.2, 190, 2), (0.5, 400, 5)])
-def test_what_is_held_out(tokens, share, kept, documents):
-    found = told(plan(validation=share), tokens)
+def test_what_is_held_out_by_the_order_of_the_file(tokens, share, kept, documents):
+    found = told(plan(validation=share, split_seed=None), tokens)
     assert found["held"] == f"out {kept} tokens in {documents} documents, the last ones"
+    assert "test" not in found
     assert found["data"] == "550 tokens in 10 documents, from books"
     epochs = 30 * 16 * plan().model.max_seq_len / (550 - kept)
+    assert found["epochs"].startswith(f"about {epochs:.3g} of the text")
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_what_is_held_out_and_what_is_not_read(tokens, seed):
+    train, held_out, test = split_documents(10, (0.6, 0.3, 0.1), seed)
+    sizes = [sum(10 * (k + 1) for k in part) for part in (train, held_out, test)]
+    found = told(plan(validation=0.3, test=0.1, split_seed=seed), tokens)
+    assert found["held"] == f"out {sizes[1]} tokens in 3 documents, by split_seed={seed}"
+    assert found["test"] == f"{sizes[2]} tokens in 1 documents, which this run does not read"
+    epochs = 30 * 16 * plan().model.max_seq_len / sizes[0]
     assert found["epochs"].startswith(f"about {epochs:.3g} of the text")
 
 

@@ -121,8 +121,26 @@ def test_a_range_of_documents_is_a_corpus_of_its_own(tmp_path):
     part = BertSamples(file, wordpiece, 16, 40, documents=range(1, 4))
     tokens = originals(part.batch(range(40)))
     assert set(tokens[tokens >= 5]) == {*range(13, 22), *range(24, 34)}
-    train, held_out = split_documents(5, (0.6, 0.4))
+    train, held_out = split_documents(5, (0.6, 0.4), None)
     assert set(BertSamples(file, wordpiece, 16, documents=held_out).places.epoch(0)[:, 0]) == {6, 8}
+
+
+def test_any_documents_are_a_corpus_of_their_own(tmp_path):
+    "Sentences of other documents lie between: no sample reaches into them, nor begins in one."
+    file = numbered_file(tmp_path / "x", [[4, 4], [3, 3, 3], [2], [5, 5], [6, 6], [7], [8, 8]])
+    wordpiece, documents = numbered_wordpiece(100), np.array([0, 2, 3, 6])
+    part = BertSamples(file, wordpiece, 16, 80, documents=documents)
+    tokens = originals(part.batch(range(80)))
+    assert set(tokens[tokens >= 5]) == {*range(5, 13), *range(24, 34), *range(53, 69)}
+    assert set(part.places.epoch(0)[:, 0]) == {0, 6, 11}
+
+
+def test_an_empty_sentence_elsewhere_does_no_harm(tmp_path):
+    wordpiece = numbered_wordpiece(100)
+    file = numbered_file(tmp_path / "x", [[4, 3], [5, 0, 5], [], [4, 4]])
+    assert len(BertSamples(file, wordpiece, 16, documents=np.array([0, 3]))) == 2
+    with pytest.raises(ValueError, match="sentence 3 has no token"):
+        BertSamples(file, wordpiece, 16, documents=np.array([1, 3]))
 
 
 def test_the_places_of_a_large_corpus_are_found_in_few_calls(tmp_path):
@@ -145,6 +163,7 @@ def test_the_places_of_a_large_corpus_are_found_in_few_calls(tmp_path):
 def test_of_a_long_run_one_epoch_is_held(tmp_path):
     "All places of these two thousand epochs would take 48 MB."
     file, wordpiece = numbered_file(tmp_path / "x", [[8] * 40] * 100), numbered_wordpiece(10)
+    file.known_vocab = 10       # places alone are looked at
     tracemalloc.start()
     samples = BertSamples(file, wordpiece, 32, 2_000_000)
     for i in range(50_000):
@@ -674,10 +693,10 @@ def test_epochs_and_samples_have_random_numbers_of_their_own():
 def test_files_without_pairs_are_refused(tmp_path):
     wordpiece = numbered_wordpiece(100)
     alone = numbered_file(tmp_path / "x", [[4], [5], [], [6]])
-    with pytest.raises(ValueError, match=r"x: none of the documents .* two sentences.*add text"):
+    with pytest.raises(ValueError, match=r"x: none of 4 documents has two sentences.*add text"):
         BertSamples(alone, wordpiece, 16)
     pairs = numbered_file(tmp_path / "y", [[4], [5, 5]])
-    with pytest.raises(ValueError, match=r"none of the documents range\(0, 1\) has two"):
+    with pytest.raises(ValueError, match="none of 1 documents has two"):
         BertSamples(pairs, wordpiece, 16, documents=range(0, 1))
     with pytest.raises(ValueError, match=r"documents range\(0, 3\) of 2"):
         BertSamples(pairs, wordpiece, 16, documents=range(0, 3))
@@ -694,5 +713,5 @@ def test_bad_numbers_are_refused(tmp_path):
         BertSamples(file, wordpiece, 4)
     with pytest.raises(ValueError, match="num_samples 0.*1 or more"):
         BertSamples(file, wordpiece, 16, 0)
-    with pytest.raises(ValueError, match=r"x: token id 12 .* vocabulary of 12"):
-        BertSamples(file, numbered_wordpiece(12), 16)[0]
+    with pytest.raises(ValueError, match=r"x\.bin, .*: token id 12 .* vocabulary of 12"):
+        BertSamples(file, numbered_wordpiece(12), 16)

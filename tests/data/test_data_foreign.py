@@ -408,7 +408,7 @@ WRONG = {
     ),
     "samples of a list": (
         lambda f: GPT2Samples(f, 8, documents=[0]),
-        r"^documents=\[0\]: must be a r",
+        r"^documents=\[0\]: must be a ndarray or a range or None",
     ),
     "pairs of a path": (
         lambda f: BertSamples("x", None, 8),

@@ -19,7 +19,10 @@ from megatron_edu.data.sampler import (
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.mesh import ParallelDims
+from megatron_edu.models import GPT2
 from megatron_edu.ranks import RankError
+from megatron_edu.settings import RunConfig, TrainConfig
+from megatron_edu.training.run import Data
 
 VOCAB = 997
 
@@ -295,3 +298,43 @@ def test_the_samples_of_another_kind_are_refused():
     with pytest.raises(ValueError, match="takes input_ids, labels; use the samples of its kind"):
         broadcast_batch(bert_batch(), None, batch_fields(gpt2, 2))
     assert batch_fields(gpt2, 2) == token_fields()
+
+
+# The road of ids in a run
+
+
+def opened(tmp_path, known: int | None) -> tuple:
+    "A model, and a function that reads its first batch of a file with an id that it does not know."
+    config = GPT2Config(1, 16, 2, vocab_size=90, max_seq_len=8, vocab_multiple=4)
+    plan = TrainConfig(config, RunConfig(tmp_path / "run", batch_size=4, steps=1, eval_batches=1))
+    with TokenFileWriter(tmp_path / "x", 100) as writer:
+        for _ in range(4):
+            writer.append([99] * 30)
+            writer.end_document()
+    file = TokenFile(tmp_path / "x", known)
+    data = Data.open(file, plan, plan.parallel.build(), torch.device("cpu"))
+    return GPT2(config), lambda: next(data.batches(data.train, data.sampler(data.train)))
+
+
+@pytest.mark.parametrize("known", [None, 91])
+def test_the_reader_looks_at_ids_of_a_file_that_nobody_looked_at(tmp_path, known):
+    _, first = opened(tmp_path, known)
+    with pytest.raises(ValueError, match="input_ids holds 99; this model knows 0 to 89"):
+        first()
+
+
+def test_ids_of_a_file_that_was_looked_at_meet_the_models_own_check_alone(tmp_path):
+    "One that says so and is not: the reader lets it pass, and the model refuses it as from anyone."
+    model, first = opened(tmp_path, 90)
+    batch = first()
+    assert set(batch["input_ids"].flatten().tolist()) == {99}
+    with pytest.raises(ValueError, match="token id 99 is out of range"):
+        model.losses(**batch)
+
+
+def test_a_batch_that_is_known_still_has_its_names_and_shapes():
+    with pytest.raises(ValueError, match=r"input_ids of shape \(2, 4\); .* has \(2, 5\)"):
+        broadcast_batch(good_batch(), None, token_fields((2, 5)), checked=True)
+    with pytest.raises(ValueError, match="a batch of input_ids; this model takes"):
+        half = {"input_ids": good_batch()["input_ids"]}
+        broadcast_batch(half, None, token_fields(), checked=True)

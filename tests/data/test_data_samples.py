@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_edu.data.gpt2 import GPT2Samples, SampleIndex, split_documents
+from megatron_edu.data.gpt2 import GPT2Samples, SampleIndex, document_hashes, split_documents
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
 
@@ -152,6 +152,15 @@ def test_a_range_of_documents_is_a_corpus_of_its_own(tmp_path):
     assert sorted(rows_of(alone).tolist()) == [[11, 12, 13, 14], [14, 15, 16, 17]]
 
 
+def test_any_documents_are_a_corpus_of_their_own(tmp_path):
+    file = numbered_file(tmp_path / "x", [5, 6, 7, 8, 9])
+    part = GPT2Samples(file, 3, num_samples=30, documents=np.array([0, 2, 4]))
+    assert set(rows_of(part).reshape(-1)) == {*range(0, 5), *range(11, 18), *range(26, 35)}
+    assert len(GPT2Samples(file, 3, documents=np.array([0, 2, 4]))) == (5 + 7 + 9 - 1) // 3
+    same = [GPT2Samples(file, 3, documents=part) for part in (np.arange(1, 4), range(1, 4))]
+    assert np.array_equal(*map(rows_of, same))
+
+
 def test_documents_of_several_sequences(tmp_path):
     with TokenFileWriter(tmp_path / "x", 100) as writer:
         for document in ([[1, 2], [3]], [[4, 5], [6, 7, 8]]):
@@ -217,7 +226,11 @@ def test_samples_are_the_same_in_any_order(tmp_path, seq_len):
         ({"seq_len": 0}, "a sample of seq_len 0 takes 2; use .* from 1 to 19"),
         ({"seq_len": 4, "num_samples": 0}, "num_samples 0; it must be 1 or more"),
         ({"seq_len": 4, "documents": range(2, 4)}, r"documents range\(2, 4\) of 3"),
-        ({"seq_len": 4, "documents": range(0, 3, 2)}, "step 1"),
+        ({"seq_len": 4, "documents": np.array([1, 0])}, "documents .1 0. of 3; .*ascending"),
+        ({"seq_len": 4, "documents": np.array([1, 1])}, "documents .1 1. of 3; .*each once"),
+        ({"seq_len": 4, "documents": np.array([[1]])}, "documents ..1.. of 3; they must be num"),
+        ({"seq_len": 4, "documents": np.array([0.5])}, "documents .0.5. of 3; they must be num"),
+        ({"seq_len": 4, "documents": np.array([], int)}, "0 documents hold 0 tokens"),
         ({"seq_len": 4, "documents": range(1, 1)}, "0 documents hold 0 tokens.* from 1 to 1,"),
         ({"seq_len": 4, "documents": range(-1, 2)}, r"documents range\(-1, 2\) of 3"),
     ],
@@ -236,19 +249,63 @@ def test_a_sample_that_is_not_there(tmp_path, i):
         samples[i]
 
 
+@pytest.mark.parametrize("seed", [None, 0, 1, 2**63 - 1])
 @pytest.mark.parametrize("count", [2, 3, 7, 100, 1001])
 @pytest.mark.parametrize("fractions", [(0.97, 0.03), (0.5, 0.5), (1.0, 0.0), (0.0, 0.97, 0.03)])
-def test_a_split_has_every_document_once(count, fractions):
-    parts = split_documents(count, fractions)
-    assert [document for part in parts for document in part] == list(range(count))
-    for part, fraction in zip(parts, fractions):
+def test_a_split_has_every_document_once(count, fractions, seed):
+    parts = split_documents(count, fractions, seed)
+    assert np.sort(np.concatenate(parts)).tolist() == list(range(count))
+    for part, fraction in zip(parts, fractions, strict=True):
         assert abs(len(part) - fraction * count) <= 1
         assert (len(part) > 0) == (fraction > 0)
-    assert split_documents(10, (0.28, 0.72)) == [range(0, 3), range(3, 10)]     # the nearest number
+        assert (np.diff(part) > 0).all()
+
+
+def numbers(parts) -> list[list[int]]:
+    return [part.tolist() for part in parts]
+
+
+def test_a_split_is_the_same_everywhere_and_always():
+    "By the numbers that Vigna's splitmix64.c prints, not by what this machine makes of a seed."
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F, 0xF88BB8A8724C81EC]
+    assert document_hashes(4, 0).tolist() == published
+    assert numbers(split_documents(4, (0.5, 0.25, 0.25))) == [[1, 2], [0], [3]]
+    by_seed = {str(split_documents(20, (0.8, 0.2), seed)[1]) for seed in range(10)}
+    assert len(by_seed) == 10
+
+
+def test_a_document_stays_on_its_side_where_other_shares_change():
+    "A test is the same whatever is validated on, and a larger share holds the smaller one."
+    for seed in range(5):
+        small = split_documents(1000, (0.87, 0.03, 0.1), seed)
+        large = split_documents(1000, (0.7, 0.2, 0.1), seed)
+        assert np.array_equal(small[2], large[2])
+        assert set(small[1]) < set(large[1])
+
+
+def test_held_out_documents_come_from_everywhere():
+    "A corpus that is sorted: each tenth of the file gives its tenth, as chance would have it."
+    held_out = split_documents(100_000, (0.9, 0.1))[1]
+    tenths = np.bincount(held_out * 10 // 100_000, minlength=10)
+    assert abs(tenths - 1000).max() < 5 * np.sqrt(1000 * 0.9)
+    assert abs(np.bincount(held_out % 7) - 10_000 / 7).max() < 5 * np.sqrt(10_000 / 7)
+
+
+def test_without_a_seed_the_order_is_that_of_the_file():
+    "As runs did that began before there was one: what they held out must not be trained on now."
+    assert numbers(split_documents(10, (0.28, 0.72), None)) == [[0, 1, 2], [3, 4, 5, 6, 7, 8, 9]]
+    assert numbers(split_documents(60, (0.9, 0.1), None))[1] == list(range(54, 60))
+
+
+def test_a_split_of_many_documents_sorts_none(monkeypatch):
+    for name in ("sort", "argsort", "lexsort"):
+        monkeypatch.setattr(np, name, lambda *args, **options: pytest.fail("sorted"))
+    parts = split_documents(1_000_000, (0.9, 0.05, 0.05), 3)
+    assert [len(part) for part in parts] == [900_000, 50_000, 50_000]
 
 
 def test_a_split_that_cannot_be_made():
-    assert split_documents(3, (0.01, 0.01, 0.98)) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert numbers(split_documents(3, (0.01, 0.01, 0.98), None)) == [[0], [1], [2]]
     with pytest.raises(ValueError, match="split in 2 parts; .* divide it among more files: a .txt"):
         split_documents(1, (0.97, 0.03))
     with pytest.raises(ValueError, match=r"sum to 0.9; .*the sum must be 1"):

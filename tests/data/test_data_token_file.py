@@ -12,6 +12,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
+from megatron_edu.data import token_file
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter, tokenize_to_file
 from megatron_edu.data.tokenizer import train_tokenizer
@@ -392,6 +393,24 @@ def test_ids_are_checked_over_the_whole_file(tmp_path, monkeypatch):
     file.check_vocab(100)
     with pytest.raises(ValueError, match=r"x\.bin, from token 8: token id 99 \(number 1\)"):
         file.check_vocab(99)
+
+
+def test_ids_are_looked_at_once(tmp_path, monkeypatch):
+    "What is known stays, in other processes too; a smaller vocabulary is another question."
+    looked, real = [], token_file.check_ids
+    monkeypatch.setattr(token_file, "check_ids", lambda *args: looked.append(1) or real(*args))
+    write(tmp_path / "x", [[1] * 9, [99]], 100)
+    file = TokenFile(tmp_path / "x")
+    looked.clear()
+    for size in (100, 100, 300):
+        file.check_vocab(size)
+    pickle.loads(pickle.dumps(file)).check_vocab(100)
+    assert len(looked) == 1
+    with pytest.raises(ValueError, match="token id 99"):
+        file.check_vocab(99)
+    file.check_vocab(100)
+    TokenFile(tmp_path / "x").check_vocab(100)
+    assert len(looked) == 3
 
 
 def test_the_index_is_checked_block_by_block(small, monkeypatch):

@@ -17,9 +17,14 @@ import torch
 import torch.distributed as dist
 from limits import FOREVER, HANG, wait_for
 
+from megatron_edu.cli import train as train_verb
+from megatron_edu.cli.parse import parse
 from megatron_edu.comm import all_reduce, broadcast
+from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.errors import Stopped
 from megatron_edu.mesh import ParallelDims
+from megatron_edu.models import gpt2
+from megatron_edu.models.block import Block
 from megatron_edu.ranks import RankError
 from megatron_edu.training import launch as launch_module
 from megatron_edu.training.checkpoint import latest_checkpoint
@@ -266,6 +271,45 @@ def in_one_line(function, *args) -> int:
     except RankError as error:
         print(error, file=sys.stderr)
         return 2
+
+
+OWN = str(Path(launch_module.__file__).parents[1])     # the package
+
+
+def way_to_a_block(groups, device, plan) -> list[str]:
+    "Own functions on a rank's stack, outermost first, where a step reaches its first block."
+    ways = []
+
+    class Watched(Block):
+        def forward(self, *args):
+            if torch.is_grad_enabled() and not ways:    # before the first step comes a validation
+                frame, names = sys._getframe(), []
+                while frame is not None:
+                    own = frame.f_code.co_filename.startswith(OWN)
+                    names += [frame.f_code.co_name] * own
+                    frame = frame.f_back
+                ways.append(names[::-1])
+            return super().forward(*args)
+
+    gpt2.Block = Watched
+    train_verb.train_on_rank(groups, device, plan)
+    return ways[0]
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2)])
+def test_the_way_from_a_ranks_entry_to_its_first_block(tmp_path, tp, dp, record_property):
+    "Counted for the record; what is tested is that it was seen whole."
+    with TokenFileWriter(tmp_path / "tokens", 90) as writer:
+        for _ in range(10):
+            writer.append(list(range(90)))
+            writer.end_document()
+    line = f"--data {tmp_path}/tokens --out {tmp_path}/run --steps 1 --tp {tp} --dp {dp}"
+    words = ["--preset", "tiny", "--vocab-size", "96", *line.split()]
+    plan = train_verb.make_plan(parse("train", words))
+    names = [*launch(way_to_a_block, plan.config.parallel, plan), "forward"]
+    record_property("own frames from a rank's entry to the first block", len(names))
+    print(len(names), "own frames:", " > ".join(names))
+    assert names[0] == "_run" and "train_step" in names
 
 
 def launch_training(folder):

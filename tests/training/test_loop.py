@@ -19,7 +19,7 @@ from limits import HANG, wait_for
 
 from megatron_edu import reference
 from megatron_edu.config import GPT2Config
-from megatron_edu.data.gpt2 import GPT2Samples
+from megatron_edu.data.gpt2 import GPT2Samples, split_documents
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.errors import Stopped
@@ -44,6 +44,7 @@ TINY = GPT2Config(2, 32, 4, vocab_size=90, max_seq_len=16, dropout=0.0, vocab_mu
 DROPOUT = replace(TINY, dropout=0.1)
 RECIPE = OptimizerConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
 
+PARTS = split_documents(20, (0.9, 0.1))      # documents to train on, and held out
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory) -> Path:
@@ -113,7 +114,7 @@ def test_the_first_loss_is_the_references_and_training_lowers_it(tmp_path, token
     "Weights and samples are those of the seed."
     config = plan(tmp_path, steps=40, save_every=40, eval_every=40, seed=seed)
     run_here(config, tokens)
-    samples = GPT2Samples(TokenFile(tokens), 16, 160, seed, range(18))
+    samples = GPT2Samples(TokenFile(tokens), 16, 160, seed, PARTS[0])
     batch = samples.batch(range(4))
     first = reference.GPT2(TINY, seed=seed).loss(batch["input_ids"], batch["labels"]).item()
     assert losses(tmp_path)[0] == pytest.approx(first, abs=1e-5)
@@ -457,7 +458,7 @@ def test_validation_loss_is_the_mean_over_the_held_out_documents(
 ):
     config, data = plan(tmp_path, DROPOUT, tp=tp, dp=dp), (tokens, device)
     found = ranks(tp * dp)(held_out, config, *data)[-1]
-    batch = GPT2Samples(TokenFile(tokens), 16, 8, 1, range(18, 20)).batch(range(8))
+    batch = GPT2Samples(TokenFile(tokens), 16, 8, 1, PARTS[1]).batch(range(8))
     model = reference.GPT2(DROPOUT).eval()
     expected = model.loss(batch["input_ids"], batch["labels"]).item()
     assert found == pytest.approx(expected, abs=1e-5)
@@ -477,7 +478,10 @@ def test_a_finished_run_has_nothing_left_to_do(tmp_path, tokens):
         ({"micro_batch": 0}, "micro_batch=0: must be at least 1"),
         ({"log_every": 0}, "log_every=0: must be at least 1"),
         ({"validation": 1.0}, "validation=1.0: must be a share"),
+        ({"validation": 0.5, "test": 0.5}, "test=0.5: must be a share .* validation=0.5 leaves"),
+        ({"test": -0.1}, "test=-0.1: must be a share of the documents, from 0 to"),
         ({"seed": -1}, "seed=-1: must be from 0 to "),
+        ({"split_seed": -1}, "split_seed=-1: must be from 0 to "),
         ({"micro_batch": 3}, "global_batch 4 does not divide into micro-batches of 3"),
     ],
 )
