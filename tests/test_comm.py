@@ -232,11 +232,11 @@ def one_of_each(device: str) -> Ledger:
 def test_the_ledger_records_the_whole_tensor(ranks, device, tp):
     for ledger in ranks(tp)(one_of_each, device):
         assert ledger.records == [
-            Record("all_reduce", "world", "float64", 15, 120, "forward"),
-            Record("all_reduce", "world", "bfloat16", 7, 14, "forward"),
-            Record("all_gather", "world", "float32", 8 * tp, 32 * tp, "forward"),
-            Record("reduce_scatter", "world", "float32", 12, 48, "forward"),
-            Record("broadcast", "world", "int64", 6, 48, "forward"),
+            Record("all_reduce", "world", "float64", 15, 120, "forward", tp),
+            Record("all_reduce", "world", "bfloat16", 7, 14, "forward", tp),
+            Record("all_gather", "world", "float32", 8 * tp, 32 * tp, "forward", tp),
+            Record("reduce_scatter", "world", "float32", 12, 48, "forward", tp),
+            Record("broadcast", "world", "int64", 6, 48, "forward", tp),
         ]
 
 
@@ -251,13 +251,23 @@ def test_the_ledger_counts_what_is_asked_for(ranks, device, tp):
     assert [r.op for r in ledger.select(op="all_gather")] == ["all_gather"]
 
 
+@pytest.mark.parametrize("tp", [2, 4])
+def test_the_ledger_knows_what_went_over_the_wire(ranks, device, tp):
+    part = (tp - 1) / tp        # of a tensor in each walk around the ring
+    for ledger in ranks(tp)(one_of_each, device):
+        assert ledger.wire("all_reduce") == 2 * part * 134
+        assert ledger.wire("all_gather") == part * 32 * tp
+        assert ledger.wire() == part * (2 * 134 + 32 * tp + 48 + 48)
+        assert ledger.wire(phase="backward") == ledger.wire(axis="tp") == 0
+
+
 def test_the_table_joins_equal_records():
-    small = Record("all_reduce", "tp", "float32", 1000, 4000, "forward")
-    large = Record("all_reduce", "tp", "float32", 2_000_000, 8_000_000, "backward")
+    small = Record("all_reduce", "tp", "float32", 1000, 4000, "forward", 4)
+    large = Record("all_reduce", "tp", "float32", 2_000_000, 8_000_000, "backward", 4)
     heads, first, second = Ledger([small, large, small]).table().splitlines()
-    assert heads.split() == ["phase", "op", "axis", "dtype", "elements", "bytes", "times"]
-    assert first.split() == ["forward", "all_reduce", "tp", "float32", "1,000", "4,000", "2"]
-    assert second.split()[-3:] == ["2,000,000", "8,000,000", "1"]
+    assert heads.split() == ["phase", "op", "axis", "dtype", "elements", "bytes", "wire", "times"]
+    assert first.split()[3:] == ["float32", "1,000", "4,000", "6,000", "2"]
+    assert second.split()[-4:] == ["2,000,000", "8,000,000", "12,000,000", "1"]
     assert len(heads) == len(first) == len(second)
 
 

@@ -118,8 +118,8 @@ def with_children(tmp_path: Path, prepare: str) -> mock._patch:
 
 NO_F = """
 from megatron_edu.comm import Pending
-from megatron_edu.tensor_parallel import linear
-linear.all_reduce_start = lambda x, group, op="sum": Pending(x, None)
+from megatron_edu.tensor_parallel import mappings
+mappings.all_reduce_start = lambda x, group, op="sum": Pending(x, None)
 """
 
 

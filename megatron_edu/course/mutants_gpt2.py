@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ..comm import Pending, all_reduce, group_rank
 from .mutants import Mutant, mutant
-from ..tensor_parallel.mappings import copy_to_tp, reduce_from_tp
+from ..tensor_parallel.mappings import Region
 
 # %% ../../nbs/4_models/07_gpt2_mutants.ipynb #edbc55f2
 MUTANTS: dict[str, Mutant] = {}     # by name
@@ -26,40 +26,40 @@ _mutant = partial(mutant, MUTANTS)
 # %% ../../nbs/4_models/07_gpt2_mutants.ipynb #05f2e779
 @_mutant("tensor_parallel.linear.column_linear",
          "f: backward all-reduce left out", "section 3: f is an all-reduce backward")
-def no_f(real, x, weight, bias, group):
-    return real(x, weight, bias, None)
+def no_f(real, x, weight, bias, region):
+    return real(x, weight, bias, Region(None))
 
 
 @_mutant("tensor_parallel.linear.column_linear",
          "f: all-reduce forward, too", "section 3: f is the identity forward")
-def f_reduces_forward(real, x, weight, bias, group):
-    return real(reduce_from_tp(x, group), weight, bias, group)
+def f_reduces_forward(real, x, weight, bias, region):
+    return real(region.leave(x), weight, bias, region)
 
 
 @_mutant("tensor_parallel.linear.row_linear",
          "g: forward all-reduce left out", "section 3: g is an all-reduce forward")
-def no_g(real, x, weight, group):
-    return real(x, weight, None)
+def no_g(real, x, weight, region):
+    return real(x, weight, Region(None))
 
 
 @_mutant("tensor_parallel.linear.row_linear",
          "g: all-reduce backward, too", "section 3: g is the identity backward")
-def g_reduces_backward(real, x, weight, group):
-    return copy_to_tp(real(x, weight, group), group)
+def g_reduces_backward(real, x, weight, region):
+    return region.enter(real(x, weight, region))
 
 
 @_mutant("tensor_parallel.linear.RowParallelLinear.forward",
          "row bias added before the reduction", "section 3: a replicated bias is added once")
 def row_bias_everywhere(real, layer, x):
-    return reduce_from_tp(F.linear(x, layer.weight, layer.bias), layer.group)
+    return layer.region.leave(F.linear(x, layer.weight, layer.bias))
 
 
-@_mutant("tensor_parallel.linear.all_reduce_start",
+@_mutant("tensor_parallel.linear.Region.enter_backward",
          "all-reduce of a contiguous copy, dropped", "a collective works in place")
-def copy_reduced(real, x, group):
-    x = x.mT.contiguous().mT    # the order of elements that some matrix products leave behind
-    real(x.contiguous(), group).wait()
-    return Pending(x, None)
+def copy_reduced(real, region, grad):
+    grad = grad.mT.contiguous().mT  # the order of elements that some matrix products leave behind
+    real(region, grad.contiguous()).wait()
+    return Pending(grad, None)
 
 # %% ../../nbs/4_models/07_gpt2_mutants.ipynb #608535aa
 @_mutant("models.attention.ColumnParallelLinear",
@@ -91,19 +91,19 @@ def first_slice_everywhere(real, model, read):
          "rows of foreign ids not zeroed", "section 3: each rank gives its own rows")
 def foreign_ids_not_zeroed(real, layer, ids):
     local = (ids - layer.first).clamp(0, layer.weight.shape[0] - 1)
-    return reduce_from_tp(F.embedding(local, layer.weight), layer.group)
+    return layer.region.leave(F.embedding(local, layer.weight))
 
 
-@_mutant("tensor_parallel.embedding.reduce_from_tp",
+@_mutant("tensor_parallel.embedding.Region.leave",
          "embedding: all-reduce left out", "section 3: g after the embedding")
-def no_g_in_embedding(real, x, group):
+def no_g_in_embedding(real, region, x):
     return x
 
 
-@_mutant("tensor_parallel.embedding.reduce_from_tp",
+@_mutant("tensor_parallel.embedding.Region.leave",
          "embedding: all-reduce backward, too", "section 3: g is the identity backward")
-def embedding_reduces_backward(real, x, group):
-    return copy_to_tp(real(x, group), group)
+def embedding_reduces_backward(real, region, x):
+    return region.enter(real(region, x))
 
 
 @_mutant("models.gpt2.linear_cross_entropy",
@@ -155,10 +155,10 @@ def padding_not_hidden(real, logits, *place, **options):
     return logits
 
 
-@_mutant("tensor_parallel.fused_loss.all_reduce_start",
+@_mutant("tensor_parallel.fused_loss.Region",
          "output layer: f left out", "section 3: f before the output layer")
-def no_f_in_loss(real, x, group):
-    return Pending(x, None)
+def no_f_in_loss(real, group):
+    return real(None)
 
 # %% ../../nbs/4_models/07_gpt2_mutants.ipynb #8a4b067e
 @_mutant("tensor_parallel.norm.placements",

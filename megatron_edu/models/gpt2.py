@@ -96,7 +96,7 @@ class Transformer(nn.Module):
         "The output layer, tied to the embedding. Backward: one all-reduce (f)."
         if group_size(self.group) == 1:
             return F.linear(x, self.wte.weight, bias)
-        return column_linear(x, self.wte.weight, bias, self.group)
+        return column_linear(x, self.wte.weight, bias, self.wte.region)
 
     def loss(self, *batch, **rows) -> torch.Tensor:     # scalar, equal on every rank
         "Sum of the model's `losses`, which takes the same arguments."

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import check_kind, check_whole
-from ..comm import group_rank, group_size
+from ..comm import group_rank
 from ..definitions import check_ids
-from .mappings import reduce_from_tp
+from .mappings import Region
 from .shard import Shard, check_divides, checked_size
 
 # %% ../../nbs/3_layers/04_embedding.ipynb #30024164
@@ -46,6 +46,7 @@ class VocabParallelEmbedding(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
         vocab_size: int | None = None,              # ids allowed are below this; None: all rows
+        sequence_split: bool = False,               # see `Region`
     ):
         super().__init__()
         size = checked_size(group)
@@ -55,6 +56,7 @@ class VocabParallelEmbedding(nn.Module):
         self.vocab_size = num_embeddings if vocab_size is None else vocab_size
         check_vocab_size(self.vocab_size, num_embeddings)
         self.group = group
+        self.region = Region(group, sequence_split)
         self.first = group_rank(group) * (num_embeddings // size)  # the id of this rank's first row
         self.shard_rules = {"weight": Shard(0)}
         self.weight = nn.Parameter(torch.empty(num_embeddings // size, embedding_dim))
@@ -66,9 +68,9 @@ class VocabParallelEmbedding(nn.Module):
     ) -> torch.Tensor:      # (..., embedding_dim), equal on every rank
         "The rows of `ids`."
         check_ids(ids, self.vocab_size)
-        if group_size(self.group) == 1:
+        if self.region.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.first
         foreign = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(foreign, 0), self.weight)
-        return reduce_from_tp(rows.masked_fill(foreign.unsqueeze(-1), 0), self.group)
+        return self.region.leave(rows.masked_fill(foreign.unsqueeze(-1), 0))

@@ -9,8 +9,9 @@ __all__ = ['CHUNK', 'linear_cross_entropy']
 import torch
 import torch.distributed as dist
 
-from ..comm import all_gather_start, all_reduce_start, group_rank, group_size
+from ..comm import all_gather_start, group_rank, group_size
 from .cross_entropy import check_targets, hide_padding, own_columns
+from .mappings import Region
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #c60b7b2d
 CHUNK = 512     # rows of logits that exist at one time
@@ -111,7 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.gradients = None
         grad_x, grad_weight, grad_bias = gradients
         scaled = (grad_x.to(grad.dtype) * grad).to(grad_x.dtype)    # a loss scale may not fit fp16
-        pending = all_reduce_start(scaled, ctx.place[0])
+        pending = Region(ctx.place[0]).enter_backward(scaled)
         grad_weight.mul_(grad)
         grad_bias = None if grad_bias is None else grad_bias.mul_(grad)
         return pending.wait(), grad_weight, grad_bias, None, None, None, None

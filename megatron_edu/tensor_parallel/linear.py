@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import check_whole
-from ..comm import all_reduce, all_reduce_start, group_size
-from .mappings import gather_from_tp, scatter_to_tp
+from ..comm import group_named
+from .mappings import Region, gather_from_tp, scatter_to_tp
 from .shard import Shard, check_divides, checked_size
 
 # %% ../../nbs/3_layers/03_linear.ipynb #88d7abca
@@ -28,31 +28,46 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 # %% ../../nbs/3_layers/03_linear.ipynb #e2e990d9
+def _column_gradients(
+    grad: torch.Tensor,         # (..., out/t)
+    x: torch.Tensor,            # (..., in)
+    weight: torch.Tensor,       # (out/t, in)
+    region: Region,
+    needs_x: bool,              # whether the gradient of x is wanted, and so on
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor | None, ...]:     # x's is summed over the ranks
+    "The backward pass of `column_linear`: x's gradient travels while the others are computed."
+    pending = region.enter_backward(grad @ weight) if needs_x else None
+    rows = grad.reshape(-1, grad.shape[-1])
+    grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+    grad_bias = rows.sum(0) if needs_bias else None
+    return pending.wait() if needs_x else None, grad_weight, grad_bias
+
+
 class _ColumnLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, group):
+    def forward(ctx, x, weight, bias, region):
         ctx.save_for_backward(x, weight)
-        ctx.group = group
+        ctx.region = region
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        # The all-reduce is under way while the other two are computed.
-        pending = all_reduce_start(grad @ weight, ctx.group) if needs_x else None
-        rows = grad.reshape(-1, grad.shape[-1])
-        grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
-        grad_bias = rows.sum(0) if needs_bias else None
-        return pending.wait() if needs_x else None, grad_weight, grad_bias, None
+        (x, weight), region = ctx.saved_tensors, ctx.region
+        wanted = ctx.needs_input_grad[:3]
+        if not torch.compiler.is_compiling():
+            return *_column_gradients(grad, x, weight, region, *wanted), None
+        step = torch.ops.megatron_edu.column_gradients
+        found = step(grad, x, weight, region.group.group_name, *wanted)
+        return *(each if needed else None for each, needed in zip(found, wanted)), None
 
 
-@torch.compiler.disable
 def column_linear(
     x: torch.Tensor,                    # (..., in), equal on every rank
     weight: torch.Tensor,               # (out/t, in): this rank's rows
     bias: torch.Tensor | None,          # (out/t,)
-    group: dist.ProcessGroup,
+    region: Region,
 ) -> torch.Tensor:                      # (..., out/t)
     """f and a matrix product in one.
 
@@ -60,14 +75,36 @@ def column_linear(
     """
     if bias is not None:
         (bias,) = _autocast(bias)
-    return _ColumnLinear.apply(*_autocast(x, weight), bias, group)
+    return _ColumnLinear.apply(*_autocast(x, weight), bias, region)
+
+# %% ../../nbs/3_layers/03_linear.ipynb #70c25862
+@torch.library.custom_op("megatron_edu::column_gradients", mutates_args=())
+def _column_gradients_step(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    group: str,                 # its name
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # empty where not wanted
+    "`_column_gradients` as one step of a compiled graph."
+    region = Region(group_named(group))
+    found = _column_gradients(grad, x, weight, region, needs_x, needs_weight, needs_bias)
+    return tuple(grad.new_empty(0) if each is None else each for each in found)
+
+
+@_column_gradients_step.register_fake
+def _(grad, x, weight, group, *wanted):
+    found = _column_gradients(grad, x, weight, Region(None), *wanted)
+    return tuple(grad.new_empty(0) if each is None else each.contiguous() for each in found)
 
 # %% ../../nbs/3_layers/03_linear.ipynb #a0e811ed
 class _RowLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, group):
+    def forward(ctx, x, weight, region):
         ctx.save_for_backward(x, weight)
-        return all_reduce(F.linear(x, weight), group, inplace=True)
+        return region.leave_forward(F.linear(x, weight))
 
     @staticmethod
     def backward(ctx, grad):
@@ -79,17 +116,16 @@ class _RowLinear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-@torch.compiler.disable
 def row_linear(
     x: torch.Tensor,                    # (..., in/t): this rank's columns
     weight: torch.Tensor,               # (out, in/t)
-    group: dist.ProcessGroup,
+    region: Region,
 ) -> torch.Tensor:                      # (..., out), equal on every rank
     """A matrix product and g in one.
 
     Forward: all-reduce of the partial sums, in place. Backward: no collective.
     """
-    return _RowLinear.apply(*_autocast(x, weight), group)
+    return _RowLinear.apply(*_autocast(x, weight), region)
 
 # %% ../../nbs/3_layers/03_linear.ipynb #3ef7e095
 def _check_sizes(**sizes: int) -> None:
@@ -122,12 +158,14 @@ class ColumnParallelLinear(nn.Module):
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
         gather_output: bool = False,                # give every rank the whole result
         blocks: int = 1,    # equal parts of the output, each split on its own: 3 for Q, K, V
+        sequence_split: bool = False,               # see `Region`
     ):
         super().__init__()
         size = checked_size(group)
         _check_sizes(in_features=in_features, out_features=out_features, blocks=blocks)
         check_divides("out_features", out_features, size, blocks)
         self.group = group
+        self.region = Region(group, sequence_split)
         self.gather_output = gather_output
         self.shard_rules = {"weight": Shard(0, blocks), "bias": Shard(0, blocks)}
         self.weight = nn.Parameter(torch.empty(out_features // size, in_features))
@@ -139,9 +177,9 @@ class ColumnParallelLinear(nn.Module):
         x: torch.Tensor,    # (..., in), equal on every rank
     ) -> torch.Tensor:      # (..., out/t), or (..., out) with `gather_output`
         "This rank's columns of the result."
-        if group_size(self.group) == 1:
+        if self.region.size == 1:
             return F.linear(x, self.weight, self.bias)
-        y = column_linear(x, self.weight, self.bias, self.group)
+        y = column_linear(x, self.weight, self.bias, self.region)
         if not self.gather_output:
             return y
         parts = y.unflatten(-1, (self.shard_rules["weight"].blocks, -1))
@@ -164,12 +202,14 @@ class RowParallelLinear(nn.Module):
         *,
         group: dist.ProcessGroup | None = None,     # the tensor-parallel group
         input_is_parallel: bool = True,     # x is this rank's columns; False: whole on every rank
+        sequence_split: bool = False,               # see `Region`
     ):
         super().__init__()
         size = checked_size(group)
         _check_sizes(in_features=in_features, out_features=out_features)
         check_divides("in_features", in_features, size)
         self.group = group
+        self.region = Region(group, sequence_split)
         self.input_is_parallel = input_is_parallel
         self.shard_rules = {"weight": Shard(1)}
         self.weight = nn.Parameter(torch.empty(out_features, in_features // size))
@@ -181,9 +221,9 @@ class RowParallelLinear(nn.Module):
         x: torch.Tensor,    # (..., in/t), or (..., in) without `input_is_parallel`
     ) -> torch.Tensor:      # (..., out), equal on every rank
         "The whole result on every rank."
-        if group_size(self.group) == 1:
+        if self.region.size == 1:
             return F.linear(x, self.weight, self.bias)
         if not self.input_is_parallel:
             x = scatter_to_tp(x, self.group)
-        y = row_linear(x, self.weight, self.group)
+        y = row_linear(x, self.weight, self.region)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -165,9 +165,9 @@ def calls():
     "What a replacement is given: the real function, and what it was called with."
     seen = []
 
-    def wrong(real, x, weight, bias, group):
+    def wrong(real, x, weight, bias, region):
         seen.append(real is linear_before)
-        return real(x, weight, bias, group)
+        return real(x, weight, bias, region)
 
     linear_before = linear.column_linear
     layer = linear.ColumnParallelLinear(4, 4, group=dist.group.WORLD)

@@ -7,7 +7,7 @@ import torch
 from bert_cases import config
 
 import megatron_edu.demo.gpt2
-from megatron_edu.comm import Ledger
+from megatron_edu.comm import Ledger, group_rank
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.wordpiece import train_wordpiece
 from megatron_edu.demo.gpt2 import DemoConfig, quick_recipe
@@ -51,7 +51,7 @@ def made(tmp_path_factory):
 def ask(tp, logits, count, vocab_size, device):
     "This rank's answer, whether its logits are as before, and what was gathered."
     group = ParallelDims(tp=tp).build(device).tp_group
-    local = logits.chunk(tp, dim=1)[0 if group is None else group.rank()].to(device)
+    local = logits.chunk(tp, dim=1)[group_rank(group)].to(device)
     before = local.clone()
     with Ledger() as ledger:
         p, ids = likeliest(local, count, group=group, vocab_size=vocab_size)

@@ -7,7 +7,7 @@ from gpt2_cases import batch, config, groups, pair
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from megatron_edu import comm
-from megatron_edu.comm import Ledger, ring_bytes
+from megatron_edu.comm import Ledger
 from megatron_edu.models.block import Block
 from megatron_edu.models.gpt2 import GPT2
 from megatron_edu.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -121,8 +121,7 @@ def block_alone(tp, device):
     x = torch.randn(ROWS, LENGTH, WIDTH, device=device, requires_grad=True)
     with Ledger() as ledger:
         block(x).sum().backward()
-    sent = sum(ring_bytes(r.op, r.bytes, tp) for r in ledger.records)
-    return counted(ledger), sent / x.element_size()
+    return counted(ledger), ledger.wire() / x.element_size()
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -10,13 +10,13 @@ from torch import nn
 
 from megatron_edu.comm import Ledger, group_rank, group_size
 from megatron_edu.mesh import ParallelDims
-from megatron_edu.tensor_parallel import linear
+from megatron_edu.tensor_parallel import mappings
 from megatron_edu.tensor_parallel.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
     column_linear,
 )
-from megatron_edu.tensor_parallel.mappings import copy_to_tp, reduce_from_tp
+from megatron_edu.tensor_parallel.mappings import Region, copy_to_tp, reduce_from_tp
 from megatron_edu.tensor_parallel.shard import Shard, gather_tensors, shard_state_dict
 
 ATOL = 1e-10
@@ -267,7 +267,7 @@ class Noted(torch.utils._python_dispatch.TorchDispatchMode):
 def order_of_the_backward_pass(device):
     "Which comes first, with `all_reduce_start` and its `wait` replaced by ones that take notes."
     events = []
-    start = linear.all_reduce_start
+    start = mappings.all_reduce_start
 
     class Waiting:
         def __init__(self, pending):
@@ -284,13 +284,13 @@ def order_of_the_backward_pass(device):
     group = dist.group.WORLD
     x = draw(0, 5, 7).to(device).requires_grad_()
     weight = draw(1, WIDTH // group.size(), 7).to(device).requires_grad_()
-    y = column_linear(x, weight, None, group)
-    linear.all_reduce_start = noted_start
+    y = column_linear(x, weight, None, Region(group))
+    mappings.all_reduce_start = noted_start
     try:
         with Noted(events):
             y.backward(torch.ones_like(y))
     finally:
-        linear.all_reduce_start = start
+        mappings.all_reduce_start = start
     return events
 
 
@@ -416,7 +416,7 @@ def test_single_and_half_precision(ranks, device, tp, name, autocast):
 def doubles_under_autocast(device):
     x, weight, bias = draw(0, 2, 7).to(device), draw(1, 3, 7).to(device), draw(2, 3).to(device)
     with torch.autocast(device, dtype=torch.bfloat16):
-        y = column_linear(x, weight, bias, dist.group.WORLD)
+        y = column_linear(x, weight, bias, Region(dist.group.WORLD))
         return y.dtype, F.linear(x, weight, bias).dtype
 
 

@@ -6,7 +6,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_edu.comm import Ledger
+from megatron_edu.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron_edu.tensor_parallel.mappings import (
+    Region,
     copy_to_tp,
     gather_from_tp,
     reduce_from_tp,
@@ -223,3 +229,37 @@ def test_a_dim_that_does_not_divide_is_refused_before_any_collective(ranks, tp, 
             f"tensor-parallel ranks; the nearest that does is {nearest}"
         )
         assert count == 0
+
+
+def both_ways(device):
+    "A region's two operators and the halves for functions that are more, on the same numbers."
+    region, (x, grad) = Region(group()), (draw(seed + dist.get_rank(), 5, 7) for seed in (0, 10))
+    x, grad = x.to(device).requires_grad_(), grad.to(device)
+    entered, left = region.enter(x), region.leave(x)
+    (slope,) = torch.autograd.grad(entered, x, grad)
+    same = torch.equal(slope, region.enter_backward(grad.clone()).wait())
+    same &= torch.equal(left, region.leave_forward(x.detach().clone()))
+    return same, region.size, left.detach().cpu()
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3])
+def test_a_region_enters_by_f_and_leaves_by_g(ranks, device, tp):
+    want = sum(draw(rank, 5, 7) for rank in range(tp))
+    for same, size, left in ranks(tp)(both_ways, device):
+        assert same and size == tp
+        torch.testing.assert_close(left, want, rtol=0, atol=ATOL)
+
+
+LAYERS = [
+    (ColumnParallelLinear, (4, 4)),
+    (RowParallelLinear, (4, 4)),
+    (VocabParallelEmbedding, (4, 4)),
+    (Region, (None,)),
+]
+
+
+@pytest.mark.parametrize("kind, sizes", LAYERS)
+def test_a_split_along_the_sequence_is_refused_until_it_does_something(kind, sizes):
+    kind(*sizes, sequence_split=False)
+    with pytest.raises(ValueError, match="^sequence_split=True: .* whole sequence.* pass False$"):
+        kind(*sizes, sequence_split=True)

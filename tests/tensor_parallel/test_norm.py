@@ -6,7 +6,7 @@ import pytest
 import torch
 from gpt2_cases import batch, config, groups, pair
 
-from megatron_edu.comm import Ledger
+from megatron_edu.comm import Ledger, group_rank
 from megatron_edu.tensor_parallel.norm import clip_grad_norm, grad_norm
 from megatron_edu.tensor_parallel.shard import placements
 from megatron_edu.training.data_parallel import DataParallel
@@ -29,7 +29,7 @@ def with_gradients(tp, device, dtype=torch.float64, scale=1.0):
         parameter.grad = whole.to(parameter)
         piece = parameter.grad
         if place.rule is not None:
-            rank = 0 if place.group is None else place.group.rank()
+            rank = group_rank(place.group)
             piece = place.rule.split(parameter.grad, rank, tp)
         sharded[name].grad = piece.clone()
     return model, full
@@ -84,7 +84,7 @@ def clip(tp, device, limit):
     for (name, place), parameter in zip(placements(model).items(), model.parameters()):
         expected = full.get_parameter(name).grad
         if place.rule is not None:
-            rank = 0 if place.group is None else place.group.rank()
+            rank = group_rank(place.group)
             expected = place.rule.split(expected, rank, tp)
         errors.append(((parameter.grad - expected).abs().max() / expected.abs().max()).item())
     return norm.item(), want.item(), max(errors), grad_norm(model).item() / limit
@@ -133,7 +133,7 @@ def without(tp, device, missing):
         elif kind == "replicated":
             left += parameter.grad.square().sum().item()
         else:
-            rank = 0 if place.group is None else place.group.rank()
+            rank = group_rank(place.group)
             left += 0.0 if rank else (parameter.grad.square().sum().item())
     norm = clip_grad_norm(model, 1.0).item()
     return norm, left, all(p.grad is None for p in model.parameters())
