@@ -19,6 +19,7 @@ from .config import ModelConfig
 from .data.tokenizer import Codec
 from .data.wordpiece import WordPiece
 from .definitions import check_ids, check_table
+from .models.architecture import architecture_of
 from .models.bert import Bert
 from .models.gpt2 import GPT2
 from .settings import SamplingConfig
@@ -60,8 +61,9 @@ def check_next_token(config: ModelConfig) -> None:
     "Raise `ValueError` for a model that was not trained to say what comes next."
     if not config.causal:
         raise ValueError(
-            "a BERT fills hidden words and has no next token; generate with a GPT-2, or ask this "
-            "model for words hidden as [MASK], with megatron_edu.generate.fill_mask"
+            f"a {architecture_of(config).title} fills hidden words and has no next token; generate "
+            "with a GPT-2, or ask this model for words hidden as [MASK], with "
+            "megatron_edu.generate.fill_mask"
         )
 
 # %% ../nbs/7_using/01_generate.ipynb #f90c7185

@@ -21,18 +21,24 @@ __all__ = ['ParallelDims', 'ParallelGroups']
 class ParallelDims:
     """Sizes of the axes of the grid of ranks (paper, appendix B).
 
-    Raises `ValueError` for a size below 1.
+    Raises `ValueError` for a size below 1, and for a cp above 1.
     """
 
     tp: int = 1     # tensor-parallel size: consecutive ranks, one server
     dp: int = 1     # data-parallel size: replicas of the model
     pp: int = 1     # pipeline-parallel size: stages of the model
+    cp: int = 1     # context-parallel size: parts of a sequence; only 1 so far
 
     def __post_init__(self):
-        for axis in ("tp", "dp", "pp"):
+        for axis in ("tp", "dp", "pp", "cp"):
             size = getattr(self, axis)
             if size < 1:
                 raise ValueError(f"{axis}={size}: an axis has at least 1 rank; pass {axis}>=1")
+        if self.cp > 1:
+            raise ValueError(
+                f"cp={self.cp}: no layer shares a sequence along its length yet; pass cp=1, and "
+                "use tp and dp"
+            )
 
     @property
     def world_size(self) -> int:

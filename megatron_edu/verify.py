@@ -9,11 +9,9 @@ __all__ = ['Row', 'compare_split', 'compare_splits', 'equivalence_table']
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import BertConfig
 from .mesh import ParallelDims
+from .models.architecture import architecture_of, resolve
 from .ranks import Ranks
-from .reference.bert import Bert as ReferenceBert
-from .reference.gpt2 import GPT2 as ReferenceGPT2
 from .tensor_parallel.norm import grad_norm
 from .tensor_parallel.shard import gather_state_dict
 from .testing import Report, compare_with_reference
@@ -38,8 +36,8 @@ def compare_split(
 ) -> Row:
     "Load a checkpoint on `tp` ranks and hold it against the reference, without dropout."
     model = load_model(folder, ParallelDims(tp=tp).build().tp_group).double().eval()
-    kind = ReferenceBert if isinstance(model.config, BertConfig) else ReferenceGPT2
-    reference = kind(model.config).double().eval()
+    whole = resolve(architecture_of(model.config).reference)
+    reference = whole(model.config).double().eval()
     reference.load_state_dict(gather_state_dict(model))
     report = compare_with_reference(model, reference, **batch)
     return Row(tp, model.loss(**batch).item(), grad_norm(model).item(), report)

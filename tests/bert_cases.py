@@ -61,10 +61,12 @@ def pair(
     group=None,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
+    recompute: bool = False,
 ) -> tuple[Bert, reference.Bert]:
     "A sharded model and a reference with the same shaken weights."
     full = reference.Bert(config).to(device, dtype)
     shake(full)
     model = Bert(config, group).to(device, dtype)
     model.load_state_dict(shard_state_dict(full.state_dict(), model))
+    model.recompute = recompute
     return model, full

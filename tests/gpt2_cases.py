@@ -56,12 +56,14 @@ def pair(
     group=None,
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
+    recompute: bool = False,
 ) -> tuple[GPT2, reference.GPT2]:
     "A sharded model and a reference with the same shaken weights."
     full = reference.GPT2(config).to(device, dtype)
     shake(full)
     model = GPT2(config, group).to(device, dtype)
     model.load_state_dict(shard_state_dict(full.state_dict(), model))
+    model.recompute = recompute
     return model, full
 
 

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from megatron_edu import reference
-from megatron_edu.config import PRESETS, BertConfig, GPT2Config, parameter_counts, round_up
+from megatron_edu.config import PRESETS, BertConfig, GPT2Config, round_up
 
 TINY = PRESETS["tiny"]
 
@@ -106,11 +106,11 @@ def test_count_is_that_of_a_small_model(name):
     purposes = {"wte": "tokens", "wpe": "positions", ".attn.": "attention", ".mlp.": "mlp"}
     purposes |= {"types": "token_types", "pooler": "order_head", "sop": "order_head"}
     purposes |= {"mlm.": "token_head", "output": "output"}
-    found = dict.fromkeys(parameter_counts(config), 0)
+    found = dict.fromkeys(config.parameter_counts(), 0)
     for parameter, value in KINDS[type(config)](config).named_parameters():
         purpose = [p for part, p in purposes.items() if part in parameter] or ["norms"]
         found[purpose[0]] += value.numel()
-    assert found == parameter_counts(config)
+    assert found == config.parameter_counts()
     assert sum(found.values()) == config.num_parameters()
 
 
@@ -133,12 +133,6 @@ def test_the_trained_8_billion_model_has_other_heads():
     config = PRESETS["gpt2-8.3b-24-heads"]
     assert (config.num_heads, config.head_size) == (24, 128)
     assert replace(config, num_heads=32) == PRESETS["gpt2-8.3b"]
-
-
-def test_models_of_the_papers_sizes_recompute():
-    "As the paper's; the small ones fit anyway, and are quicker without."
-    kept = [name for name, config in PRESETS.items() if not config.recompute]
-    assert kept == ["tiny", "laptop", "bert-tiny", "bert-laptop"]
 
 
 def test_the_first_gpt2_without_padding():
@@ -210,15 +204,14 @@ def test_impossible_berts_are_refused(change, message):
 KINDS_OF = {    # of both models; of BERT alone
     "num_layers": "a whole number", "hidden_size": "a whole number", "vocab_size": "a whole number",
     "ffn_hidden_size": "a whole number or None", "dropout": "a number", "init_std": "a number",
-    "recompute": "True or False", "num_token_types": "a whole number",
-    "tie_embeddings": "True or False",
+    "num_token_types": "a whole number", "tie_embeddings": "True or False",
 }
 
 
 @pytest.mark.parametrize("value", ["2", 2.5, True, [2], None, 1j], ids=str)
 @pytest.mark.parametrize("name", KINDS_OF)
 def test_a_value_of_another_kind_is_a_type_error(name, value):
-    fits = {"dropout": (2.5,), "init_std": (2.5,), "recompute": (True,), "ffn_hidden_size": (None,)}
+    fits = {"dropout": (2.5,), "init_std": (2.5,), "ffn_hidden_size": (None,)}
     fits["tie_embeddings"] = (True,)
     if value in fits.get(name, ()):
         return
@@ -265,7 +258,7 @@ def test_bert_has_other_defaults():
     assert (config.gelu, config.layer_norm_eps) == ("exact", 1e-12)
     assert (config.num_token_types, config.layer_norm) == (2, "pre")
     same = GPT2Config(2, 64, 4, vocab_size=512, max_seq_len=64)
-    for field in ("dropout", "ffn_hidden_size", "init_std", "vocab_multiple", "recompute"):
+    for field in ("dropout", "ffn_hidden_size", "init_std", "vocab_multiple"):
         assert getattr(config, field) == getattr(same, field)
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_edu.config import PRESETS, BertConfig, GPT2Config, parameter_counts
+from megatron_edu.config import PRESETS, BertConfig, GPT2Config
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
 from megatron_edu.scaling.contenders import Work
@@ -361,7 +361,7 @@ def test_flops_count_every_matrix_weight_six_times_a_token(name):
     config = PRESETS[name]
     tokens = 2 * config.max_seq_len
     assert gpu_ranks.flops(config, tokens) == Work(config, 2).flops
-    counts, h, n = parameter_counts(config), config.hidden_size, config.num_layers
+    counts, h, n = config.parameter_counts(), config.hidden_size, config.num_layers
     biases = n * (3 * h + h + config.ffn_size + h)
     matrices = counts["attention"] + counts["mlp"] + counts["tokens"] - biases
     attention = gpu_ranks.flops(config, tokens) - 6 * matrices * tokens

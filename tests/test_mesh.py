@@ -148,11 +148,18 @@ def test_a_world_of_another_size_is_refused(ranks, device, tp):
     assert "world has" in ranks(tp)(build_message, ParallelDims(), device)[0]
 
 
-@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("axis", [*AXES, "cp"])
 @pytest.mark.parametrize("size", [0, -1])
 def test_an_axis_has_at_least_one_rank(axis, size):
     with pytest.raises(ValueError, match=rf"{axis}={size}: .* at least 1 rank; pass {axis}>=1"):
         ParallelDims(**{axis: size})
+
+
+def test_a_sequence_is_not_shared_yet():
+    assert [each.name for each in dataclasses.fields(ParallelDims)] == [*AXES, "cp"]
+    assert ParallelDims(cp=1) == ParallelDims()
+    with pytest.raises(ValueError, match="cp=2: no layer shares a sequence .*; pass cp=1"):
+        ParallelDims(tp=2, cp=2)
 
 
 def test_sizes_do_not_change():

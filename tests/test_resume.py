@@ -694,7 +694,7 @@ def begun(tmp_path_factory):
     (folder / "texts" / "b.jsonl").write_text(json.dumps({"text": TEXT * 200}) + "\n")
     (folder / "other.txt").write_text(OTHER * 600)
     prepare((folder / "texts",), folder / "ready", vocab_size=280)
-    prepare((folder / "texts",), folder / "pieces", vocab_size=60, model="bert")
+    prepare((folder / "texts",), folder / "pieces", vocab_size=60, kind="wordpiece")
     more = "--steps 2 --seed 3 --vocab-size 290"
     me(f"train {SHORT} --data {folder}/texts --out {folder}/run {more}")
     me(f"train {SHORT} --data {folder}/ready --out {folder}/tokens-run --steps 2")
@@ -764,6 +764,40 @@ def test_options_that_are_not_given_are_the_runs(here, capsys, name):
         assert after[part] == before[part]
     changed = [line for line in capsys.readouterr().out.splitlines() if " -> " in line]
     assert [line.split(":")[0] for line in changed] == ["steps 2 -> 4", "learning rate of step 3"]
+
+
+def older(folder):
+    "As it was when recomputation was the model's: on."
+    path = Path(folder) / "config.json"
+    found = json.loads(path.read_text())
+    del found["run"]["recompute"]
+    found["model"]["recompute"] = True
+    path.write_text(json.dumps(found))
+
+
+def test_an_older_checkpoint_has_recomputation_among_the_models_fields(here, capsys):
+    checkpoint = latest_checkpoint(Path("run"))
+    model = resume.load_config(checkpoint)
+    older(checkpoint)
+    assert resume.load_config(checkpoint) == model == read_checkpoint(checkpoint).model
+    assert read_checkpoint(checkpoint).settings.run.recompute
+    me("train --out run --resume auto --steps 3")
+    assert config_of("run", 3)["run"]["recompute"]
+    assert not re.search("recompute .* -> ", capsys.readouterr().out)
+    assert "recompute" not in config_of("run", 3)["model"]
+    me("train --out run --resume auto --steps 4 --no-recompute")
+    assert "recompute True -> False: less memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["yes", None, 1])
+def test_an_older_checkpoint_with_another_value_is_damaged(here, value):
+    checkpoint = latest_checkpoint(Path("run"))
+    older(checkpoint)
+    path = checkpoint / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('recompute": true', f'recompute": {json.dumps(value)}'))
+    with pytest.raises(ValueError, match="config.json: run: recompute=.*must be True or False"):
+        read_checkpoint(checkpoint)
 
 
 def test_a_run_that_was_stopped_needs_no_option(fresh, capsys):
@@ -1130,5 +1164,6 @@ def test_dropout_and_recomputation_are_not_of_the_weights(here):
     theirs("theirs", tokenizer="ready/tokenizer.json")
     more = "--dropout 0.3 --recompute --vocab-multiple 64 --steps 1 --batch-size 4"
     me(f"train --init-from theirs --data ready --out new {more}")
-    model = config_of("new", 1)["model"]
-    assert (model["dropout"], model["recompute"], model["vocab_multiple"]) == (0.3, True, 64)
+    told = config_of("new", 1)
+    model, recompute = told["model"], told["run"]["recompute"]
+    assert (model["dropout"], recompute, model["vocab_multiple"]) == (0.3, True, 64)

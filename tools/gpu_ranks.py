@@ -15,7 +15,7 @@ import threading
 import time
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise, product
@@ -284,8 +284,8 @@ class Timing:
 
     @property
     def config(self) -> GPT2Config:
-        "The preset, dropout included, but for what is switched here."
-        return replace(PRESETS[self.model], recompute=self.recompute)
+        "The preset, dropout included."
+        return PRESETS[self.model]
 
     @property
     def tokens(self) -> int:
@@ -402,6 +402,7 @@ def step_of(timing: Timing, groups: ParallelGroups, device: torch.device) -> Cal
 
     config = timing.config
     model = blank_model(config, groups.tp_group, device)
+    model.recompute = timing.recompute
     if timing.compile:
         for block in model.blocks:
             block.compile()

@@ -11,11 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .checks import length_note
-from .options import kind_of
 from ..data.gpt2 import split_documents, tokens_in
 from ..data.token_file import TokenFile
 from ..machine import available_memory, in_bytes
 from ..memory import training_bytes
+from ..models.architecture import architecture_of
 from ..settings import TrainConfig
 
 
@@ -79,7 +79,7 @@ def tell_steps(
     micro = run.micro_batch or own
     replicas = f" on each of {dp} replicas" if dp > 1 else ""
     lines = [
-        entry("size", f"{kind_of(model)} of {model.num_parameters():,} parameters"),
+        entry("size", f"{architecture_of(model).name} of {model.num_parameters():,} parameters"),
         entry("step", f"{a_step:,} tokens: {run.batch_size:,} samples of {model.max_seq_len:,}, in "
                       f"micro-batches of {micro:,}, {own // micro:,} of them{replicas}"),
         entry("epochs", f"about {run.steps * a_step / text:.3g} of the text that is trained on: "

@@ -18,21 +18,19 @@ import tyro
 
 from ..config import PRESETS, ModelConfig
 from ..files import kind_in
+from ..models.architecture import ARCHITECTURES, DEFAULT, KINDS, architecture_of
 from megatron_edu.resume import (
     CONFIG,
     STATE,
     check_record,
     checkpoints,
     given_folder,
-    kind_of,
     latest_checkpoint,
     load_config,
     load_settings,
     read_json,
 )
 from megatron_edu.settings import (
-    LAPTOP,
-    STEPS,
     BenchConfig,
     DemoConfig,
     SamplingConfig,
@@ -57,7 +55,7 @@ class TrainArguments:
 
     data: tuple[Path, ...]          # .txt and .jsonl files, folders of them, or one token file
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
-    model: Literal["gpt2", "bert"] = "gpt2"     # kind of model; a preset implies its own
+    model: KINDS = DEFAULT          # kind of model; a preset implies its own
     preset: str = "laptop"          # model and recipe to start from: tiny, laptop, bert-laptop, ...
     tokenizer: Path | None = None   # file or folder: tokenizer.json, vocab.txt; None: train one
     init_from: Path | None = None   # weights to begin with: a run, or a folder of transformers
@@ -77,10 +75,11 @@ def preset_arguments(preset: str) -> TrainArguments:
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r} is unknown; use one of {', '.join(PRESETS)}")
     model, out = PRESETS[preset], Path()
-    kind = kind_of(model)
-    config = quick_recipe(model, out, STEPS[kind]) if preset in SMALL else recipe(model, out)
+    kind = architecture_of(model)
+    small = preset in SMALL
+    config = quick_recipe(model, out, kind.quick_steps) if small else recipe(model, out)
     _leave_open(config)
-    return TrainArguments(tyro.MISSING, config, kind, preset)
+    return TrainArguments(tyro.MISSING, config, kind.name, preset)
 
 # %% ../../nbs/7_using/06_cli_options.ipynb #47284166
 def given(args: list[str], option: str) -> str | None:
@@ -96,13 +95,13 @@ def given(args: list[str], option: str) -> str | None:
 def choose_preset(args: list[str]) -> str:
     "The preset of a command line, given or of the model. `ValueError` if the two contradict."
     model, preset = given(args, "--model"), given(args, "--preset")
-    if model not in (None, *LAPTOP):
-        raise ValueError(f"model {model!r} is unknown; use one of {', '.join(LAPTOP)}")
+    if model not in (None, *ARCHITECTURES):
+        raise ValueError(f"model {model!r} is unknown; use one of {', '.join(ARCHITECTURES)}")
     if preset is None:
-        return LAPTOP[model or "gpt2"]
+        return ARCHITECTURES[model or DEFAULT].preset
     kind = preset_arguments(preset).model
     if model not in (None, kind):
-        fit = [name for name in PRESETS if kind_of(PRESETS[name]) == model]
+        fit = [name for name in PRESETS if architecture_of(PRESETS[name]).name == model]
         raise ValueError(
             f"--model {model} --preset {preset}: that preset is a {kind}; leave --model out, or "
             f"use one of {', '.join(fit)}"
@@ -156,14 +155,15 @@ def train_defaults(args: list[str]) -> TrainArguments:
     folder = given(args, "--init-from")
     model = None if folder is None else weights_config(Path(folder))
     named = given(args, "--preset") or given(args, "--model")
-    preset = choose_preset(args) if named or model is None else LAPTOP[kind_of(model)]
+    preset = choose_preset(args) if named or model is None else architecture_of(model).preset
     arguments = preset_arguments(preset)
     config = warmed_up(arguments.config, preset, args)
     if model is not None:
-        if kind_of(model) != arguments.model:
+        found = architecture_of(model)
+        if found.name != arguments.model:
             raise ValueError(
-                f"--init-from {folder}: a {kind_of(model)}, and {preset} is a {arguments.model}; "
-                f"leave --model and --preset out, or use --preset {LAPTOP[kind_of(model)]}"
+                f"--init-from {folder}: a {found.name}, and {preset} is a {arguments.model}; "
+                f"leave --model and --preset out, or use --preset {found.preset}"
             )
         config = replace(config, model=model)
     return replace(arguments, config=config)
@@ -202,16 +202,16 @@ def _of_run(
     model: ModelConfig,
 ) -> TrainArguments:
     "Defaults from a checkpoint. `ValueError` for a model or a preset that is another one."
-    kind, noted = kind_of(model), described.get("preset")
+    kind, noted = architecture_of(model), described.get("preset")
     run = given(args, "--out") or folder.parent
-    preset, named = LAPTOP[kind], given(args, "--preset")
+    preset, named = kind.preset, given(args, "--preset")
     if named or given(args, "--model"):
         preset = choose_preset(args)
-        other = kind_of(PRESETS[preset])
-        if other != kind:
+        other = architecture_of(PRESETS[preset])
+        if other is not kind:
             raise ValueError(
-                f"{run} holds a run of a {kind}, which cannot go on as a {other}; go on with "
-                f"--model {kind}, or choose another --out"
+                f"{run} holds a run of a {kind.name}, which cannot go on as a {other.name}; go on "
+                f"with --model {kind.name}, or choose another --out"
             )
     if named and noted in PRESETS and named != noted:
         raise ValueError(
@@ -250,7 +250,7 @@ class PrepareArguments:
 
     inputs: Annotated[tuple[Path, ...], tyro.conf.Positional]   # .txt, .jsonl, folders of them
     out: Path                       # folder to write to: new, empty, or see --overwrite
-    model: Literal["gpt2", "bert"] = "gpt2"     # to be trained; bert: sentences, by a WordPiece
+    model: KINDS = DEFAULT          # to be trained; bert: sentences, by a WordPiece
     tokenizer: Path | None = None   # file or folder: tokenizer.json, vocab.txt; None: train one
     vocab_size: int = 4096          # tokens, at most, of a tokenizer trained here
     text_field: str = "text"        # name of the field of a .jsonl line that holds the text
@@ -318,8 +318,10 @@ class BreakArguments:
 
 def demo_defaults(args: list[str]) -> DemoConfig:
     "Defaults of `demo`, by the model that a command line names. The parser refuses an unknown one."
-    bert = DemoConfig(Path("runs/demo-bert"), steps=STEPS["bert"], model="bert")
-    return bert if given(args, "--model") == "bert" else DemoConfig()
+    kind = ARCHITECTURES.get(given(args, "--model"))
+    if kind is None or kind.name == DEFAULT:
+        return DemoConfig()
+    return DemoConfig(Path(f"runs/demo-{kind.name}"), kind.quick_steps, model=kind.name)
 
 
 def generate_defaults(args: list[str]) -> GenerateArguments:

@@ -9,17 +9,19 @@ __all__ = ['run']
 from .net import say
 from .options import PrepareArguments
 from ..data.prepare import prepare_folder
+from ..models.architecture import ARCHITECTURES
 
 
 def run(asked: PrepareArguments) -> None:
     "The verb `prepare`."
-    out, options = asked.out, (asked.tokenizer, asked.vocab_size, asked.text_field, asked.model)
-    made = prepare_folder(asked.inputs, out, *options, asked.lossy, overwrite=asked.overwrite)
+    out, kind = asked.out, ARCHITECTURES[asked.model].tokenizer
+    options = asked.tokenizer, asked.vocab_size, asked.text_field, kind, asked.lossy
+    made = prepare_folder(asked.inputs, out, *options, overwrite=asked.overwrite)
     if asked.quiet:
         return
     for line in made.lines():       # what was lost or changed on the way
         say("prepare", line)
     file = made.file
-    sentences = f"{len(file):,} sentences, " if asked.model == "bert" else ""
+    sentences = f"{len(file):,} sentences, " if made.by_sentence else ""
     documents = len(file.document_offsets) - 1
     print(f"{documents:,} documents, {sentences}{file.num_tokens:,} tokens in {out}")

@@ -24,6 +24,7 @@ from megatron_edu.cli.checks import (
     ids_checksum,
     run_tokenizer,
     same_ids,
+    tokenizer_of,
 )
 from .options import TrainArguments, check_no_model, check_unused
 from .paint import silent
@@ -42,18 +43,16 @@ from megatron_edu.data.prepare import (
     find_token_file,
     open_tokens,
     prepare_text,
-    read_tokenizer,
     save_tokenizer,
 )
+from ..models.architecture import ARCHITECTURES, architecture_of
 from megatron_edu.resume import (
-    ARCHITECTURES,
     Checkpoint,
     check_begun,
     check_same,
     check_split_seed,
     check_tokens_are,
     choose_checkpoint,
-    kind_of,
     plain,
     read_settings,
 )
@@ -71,20 +70,20 @@ def find_tokenizer(
 ) -> Path | None:           # None: there is none yet
     "The tokenizer named, beside the tokens, or of the weights. `ValueError` if they differ."
     model, named = arguments.config.model, arguments.tokenizer
-    kind = kind_of(model)
+    kind = architecture_of(model).name
     beside = None if prefix is None else prefix.parent / TOKENIZER
     beside = beside if beside is not None and beside.is_file() else None
     path = named or beside or own
     if path is None:
         return None
-    chosen = read_tokenizer(path, kind)
-    if named and beside and not same_ids(chosen, read_tokenizer(beside, kind)):
+    chosen = tokenizer_of(path, model)
+    if named and beside and not same_ids(chosen, tokenizer_of(beside, model)):
         raise ValueError(
             f"--tokenizer {named}: {prefix} was not written by it, but by {beside}; leave "
             "--tokenizer out, or write the text's tokens anew with megatron-edu prepare TEXT "
             f"--model {kind} --tokenizer {named} --out FOLDER"
         )
-    if own and not same_ids(chosen, read_tokenizer(own, kind)):
+    if own and not same_ids(chosen, tokenizer_of(own, model)):
         raise ValueError(
             f"{path}: {whose} was trained with another tokenizer, {own}, and its model knows no "
             "other ids; go on with its own data, write the tokens of other text with megatron-edu "
@@ -99,8 +98,8 @@ def check_vocabulary(
     model: ModelConfig | None,  # of the weights; None: they are drawn
 ) -> None:
     "`ValueError` for a model that is to have other ids than its tokenizer, or fewer."
-    asked, kind = arguments.config.model.vocab_size, kind_of(arguments.config.model)
-    size = read_tokenizer(path, kind).vocab_size
+    config = arguments.config.model
+    asked, size = config.vocab_size, tokenizer_of(path, config).vocab_size
     if model is not None:
         if size > model.vocab_size:
             raise ValueError(
@@ -111,7 +110,8 @@ def check_vocabulary(
         raise ValueError(
             f"--vocab-size {asked}: {path} has {size} tokens, and a model has as many as its "
             f"tokenizer; leave --vocab-size out, or train a tokenizer of that size with "
-            f"megatron-edu prepare TEXT --model {kind} --vocab-size {asked} --out FOLDER"
+            f"megatron-edu prepare TEXT --model {architecture_of(config).name} --vocab-size "
+            f"{asked} --out FOLDER"
         )
 
 # %% ../../nbs/7_using/02_train.ipynb #0663148e
@@ -152,17 +152,17 @@ def find_tokens(
 ) -> Tokens:
     "The token file to train on; text is turned into one in the run's folder."
     out, named = arguments.config.run.out, ", ".join(map(str, arguments.data))
-    kind = kind_of(arguments.config.model)
+    kind = architecture_of(arguments.config.model)
     prefix = find_token_file(arguments.data[0]) if len(arguments.data) == 1 else None
     path = find_tokenizer(arguments, prefix, own, whose)
     if path is not None:
         check_vocabulary(arguments, path, model)
     noted = {"given": [str(path.absolute()) for path in arguments.data]}
     if prefix is not None:
-        if path is None and kind == "bert":
+        if path is None and kind.special_tokens:
             raise ValueError(
-                f"{prefix}: no {TOKENIZER} beside it, and a BERT's samples need the special tokens "
-                "of the WordPiece that wrote it; name that with --tokenizer"
+                f"{prefix}: no {TOKENIZER} beside it, and a {kind.title}'s samples need the "
+                "special tokens of the tokenizer that wrote it; name that with --tokenizer"
             )
         return Tokens(open_tokens(prefix), path, noted, [])
     if under_torchrun():
@@ -173,7 +173,7 @@ def find_tokens(
     check_plan(arguments.config)        # text may take long
     clear(out, *PREPARED_FILES)         # of a run that ended before its first checkpoint
     size, field = arguments.config.model.vocab_size, arguments.text_field
-    made = prepare_text(arguments.data, out, path, size, field, kind, arguments.lossy)
+    made = prepare_text(arguments.data, out, path, size, field, kind.tokenizer, arguments.lossy)
     noted |= {"inputs": read_source(out)["inputs"], "text_field": field}
     return Tokens(made.file, out / TOKENIZER, noted, made.lines())
 
@@ -222,7 +222,7 @@ def check_ids_are(
 ) -> None:
     "Raise `ValueError` if a tokenizer is not the one that a run began with."
     known = (noted or {}).get("ids")
-    if known and ids_checksum(read_tokenizer(path, kind_of(checkpoint.model))) != known:
+    if known and ids_checksum(tokenizer_of(path, checkpoint.model)) != known:
         raise ValueError(
             f"{path}: not the tokenizer that {checkpoint.folder} was trained with: to it the same "
             "ids are other tokens; put the run's own in its place"
@@ -318,7 +318,7 @@ def _begin(arguments: TrainArguments, lines: list[str]) -> Plan:
     tokens = find_tokens(arguments, own, f"--init-from {folder}", model)
     noted = tokens.noted
     if tokens.tokenizer is not None:
-        tokenizer = read_tokenizer(tokens.tokenizer, kind_of(config.model))
+        tokenizer = tokenizer_of(tokens.tokenizer, config.model)
         noted = {**noted, "ids": ids_checksum(tokenizer)}
         size = tokenizer.vocab_size if model is None else config.model.vocab_size
         config = replace(config, model=replace(config.model, vocab_size=size))
@@ -337,7 +337,7 @@ def _checked(
 ) -> Plan:
     "A plan whose sizes divide and whose text is long enough."
     path = tokens.tokenizer
-    tokenizer = None if path is None else read_tokenizer(path, kind_of(config.model))
+    tokenizer = None if path is None else tokenizer_of(path, config.model)
     begins = config.run.resume in ("never", "auto")
     check_plan(config)
     check_tokens(config, tokens.file, tokenizer, trained=not begins)
@@ -369,7 +369,7 @@ def shared_plan(arguments: TrainArguments) -> Plan:
 def plan_as_json(plan: Plan) -> dict:
     "What the other ranks need of a plan."
     config, texts = plan.config, plan._asdict()
-    model = {"architecture": kind_of(config.model), **plain(config)}
+    model = {"architecture": architecture_of(config.model).name, **plain(config)}
     names = "tokenizer", "init_from"
     paths = {name: None if texts[name] is None else str(texts[name]) for name in names}
     paths["tokens"] = [str(plan.tokens.prefix), plan.tokens.known_vocab]
@@ -382,7 +382,7 @@ def plan_from(told: dict) -> Plan:
     if "failure" in told:
         raise ValueError(told["failure"])
     config, (resume, is_path) = told["config"], told["resume"]
-    model = ARCHITECTURES[config["architecture"]](**config["model"])
+    model = ARCHITECTURES[config["architecture"]].config(**config["model"])
     places = {"out": Path(config["run"]["out"]), "resume": Path(resume) if is_path else resume}
     settings = read_settings(config, model, Path("plan"), **places)
     paths = [told[name] and Path(told[name]) for name in ("tokenizer", "init_from")]
@@ -398,8 +398,9 @@ def train_on_rank(
     quiet: bool = False,
 ) -> None:
     "What each rank does."
-    kind = kind_of(plan.config.model)
-    pieces = read_tokenizer(plan.tokenizer, kind) if kind == "bert" else None
+    model = plan.config.model
+    needed = architecture_of(model).special_tokens
+    pieces = tokenizer_of(plan.tokenizer, model) if needed else None
     start = plan.init_from, plan.origin
     train(plan.config, plan.tokens, groups, device, pieces, *start, owner=owner, quiet=quiet)
 
@@ -435,7 +436,7 @@ def _train(
             if plan.begins:
                 clear(out, TOKENIZER)
             if not (out / TOKENIZER).exists():
-                save_tokenizer(read_tokenizer(plan.tokenizer, kind_of(plan.config.model)), out)
+                save_tokenizer(tokenizer_of(plan.tokenizer, plan.config.model), out)
         if not quiet:
             print(*plan.lines, sep="\n", flush=True)
     say = {"say": silent} if quiet else {}

@@ -178,8 +178,8 @@ def _recompute_right(subject: Subject, groups: ParallelGroups, device: str) -> b
     "Whether gradients are the same bits with activations kept and recomputed, under dropout."
     gradients = []
     for recompute in (False, True):
-        config = replace(subject.config, dropout=0.5, recompute=recompute)
-        model = subject.model(config, groups.tp_group).to(device)
+        model = subject.model(replace(subject.config, dropout=0.5), groups.tp_group).to(device)
+        model.recompute = recompute
         random.seed_replica(1, groups.dp_rank)
         model.loss(**subject.tensors(device)).backward()
         gradients.append([0 * p if p.grad is None else p.grad for p in model.parameters()])

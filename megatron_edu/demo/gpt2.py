@@ -24,9 +24,10 @@ from ..data.wordpiece import WordPiece
 from ..files import check_folder, empty_run, lock_number, note
 from ..generate import generate
 from ..mesh import ParallelDims
+from ..models.architecture import ARCHITECTURES
 from ..owner import Owner, own_run
 from ..streams import hushed
-from ..settings import LAPTOP, DemoConfig, SamplingConfig, TrainConfig, quick_recipe
+from ..settings import DemoConfig, SamplingConfig, TrainConfig, quick_recipe
 from ..training.checkpoint import checkpoint_folder, load_model
 from ..training.journal import read_metrics, validation_losses
 from ..training.launch import launch
@@ -39,7 +40,7 @@ def demo_plan(
     config: DemoConfig,
 ) -> TrainConfig:
     "The training run of the demo."
-    plan = quick_recipe(PRESETS[LAPTOP[config.model]], config.out, config.steps)
+    plan = quick_recipe(PRESETS[ARCHITECTURES[config.model].preset], config.out, config.steps)
     run = replace(plan.run, seed=config.seed, log_every=25, save_every=config.steps)
     if config.model == "gpt2":      # two thirds of the layers, half the batch: a minute of training
         run = replace(run, batch_size=8)
@@ -117,10 +118,11 @@ def train_on_corpus(
     size, out = plan.model.vocab_size, config.out
     say(f"corpus: Python's own documentation; training a tokenizer of {size:,} tokens on it")
     documents = list(embedded_corpus())     # made once: that takes longer than the tokenizer
-    tokenizer = TOKENIZERS[config.model][0](documents, size)
+    kind = ARCHITECTURES[config.model]
+    tokenizer = TOKENIZERS[kind.tokenizer].train(documents, size)
     tokens = prepare_documents(documents, out, tokenizer)
-    parameters, name = plan.model.num_parameters(), {"gpt2": "GPT-2", "bert": "BERT"}[config.model]
-    say(f"training a {name} of {parameters:,} parameters on {tokens.num_tokens:,} tokens")
+    parameters = plan.model.num_parameters()
+    say(f"training a {kind.title} of {parameters:,} parameters on {tokens.num_tokens:,} tokens")
     work = plan, out / TOKENS, out / TOKENIZER, owner, config.quiet
     launch(train_from_folder, plan.parallel, *work)
     return tokens, tokenizer

@@ -156,7 +156,7 @@ def check_tensors(
     layout = LAYOUT if config.tie_embeddings else UNTIED
     found = by_name(layout, stored)
     if not config.tie_embeddings and TOKEN_BIAS in found:
-        found[TOKEN_BIAS] = found[TOKEN_BIAS][-1:]      # the decoder's where both are there: it is added
+        found[TOKEN_BIAS] = found[TOKEN_BIAS][-1:]  # the decoder's, if it is there: it is added
     present = {head_of(own) for own, parts in table.items() if found.keys() & set(parts)}
     table = {own: parts for own, parts in table.items() if head_of(own) in present | {None}}
     shapes = part_shapes(table, config)

@@ -50,7 +50,7 @@ class Transformer(nn.Module):
         check_vocabulary(config, checked_size(group))
         self.config = config
         self.group = group
-        self.recompute = config.recompute
+        self.recompute = False      # whether blocks run again in the backward pass; of the run
         self.wte = VocabParallelEmbedding(
             config.padded_vocab_size, config.hidden_size, group=group, vocab_size=config.vocab_size
         )

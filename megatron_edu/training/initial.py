@@ -14,13 +14,13 @@ from typing import NamedTuple
 import torch
 
 from ..config import ModelConfig
+from ..models.architecture import architecture_of, resolve
 from ..models.gpt2 import Transformer
 from megatron_edu.resume import (
     CONFIG,
     STATE,
     checkpoints,
     differences,
-    kind_of,
     newest_good,
     read_checkpoint,
     refusal,
@@ -44,8 +44,7 @@ def find_source(
     folder: str | Path,     # of a run, of a checkpoint, or as transformers saves it
 ) -> Source:
     "What weights lie in a folder. `ValueError` if there are none, or damaged ones."
-    from megatron_edu.interop import huggingface_bert, huggingface_gpt2
-    from megatron_edu.interop.huggingface import LOADERS, read_fields
+    from megatron_edu.interop.huggingface import find_exchange
 
     folder = Path(folder)
     if checkpoints(folder):
@@ -60,11 +59,10 @@ def find_source(
             f"--init-from {folder}: {what}; name a run, one of its checkpoints, or a folder that "
             "transformers saved"
         )
-    kind = read_fields(folder, LOADERS)["model_type"]
-    module = huggingface_gpt2 if kind == "gpt2" else huggingface_bert
+    read_config = resolve(find_exchange(folder).read_config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)     # once, when the weights are read
-        return Source(folder, False, module.read_config(folder), [])
+        return Source(folder, False, read_config(folder), [])
 
 
 def check_sizes(
@@ -72,10 +70,11 @@ def check_sizes(
     source: Source,
 ) -> None:
     "Raise `ValueError`, with the options to give, if weights are of another model."
-    if kind_of(model) != kind_of(source.model):
+    kind, found = architecture_of(model).name, architecture_of(source.model).name
+    if kind != found:
         raise ValueError(
-            f"--init-from {source.folder}: a {kind_of(source.model)}, and a {kind_of(model)} is to "
-            f"be trained; use --model {kind_of(source.model)}"
+            f"--init-from {source.folder}: a {found}, and a {kind} is to be trained; use --model "
+            f"{found}"
         )
     theirs = replace(source.model, vocab_multiple=model.vocab_multiple)     # the table takes any
     differ = differences(resolved(theirs, theirs), resolved(model, theirs))

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 
 from ..comm import all_reduce
-from ..config import BertConfig
 from ..data.sampler import BatchSampler
 from ..data.token_file import TokenFile
-from ..data.wordpiece import WordPiece, load_wordpiece
+from ..data.prepare import read_tokenizer
+from ..data.wordpiece import WordPiece
 from ..errors import Stopped, handled
 from ..mesh import ParallelGroups
-from ..models import build_model
+from ..models.architecture import architecture_of, build_model
 from ..models.gpt2 import Transformer
 from ..owner import Owner, own_run
 from megatron_edu.resume import (
@@ -121,6 +121,7 @@ def begin_run(
     "Model, optimizer and data of a run. Raises `ValueError` for what does not fit together."
     drawn = checkpoint is None and source is None
     model = build_model(config.model, groups.tp_group, seed=config.run.seed if drawn else None)
+    model.recompute = config.run.recompute
     state, notes = {"step": 0, "consumed": 0}, []
     if checkpoint is not None:
         load_weights(checkpoint, model)
@@ -292,5 +293,6 @@ def train_from_folder(
     quiet: bool = False,            # write metrics, and say nothing
 ) -> None:
     "What each rank of a training run does."
-    pieces = load_wordpiece(tokenizer) if isinstance(config.model, BertConfig) else None
+    kind = architecture_of(config.model)
+    pieces = read_tokenizer(tokenizer, kind.tokenizer) if kind.special_tokens else None
     train(config, TokenFile(tokens), groups, device, pieces, owner=owner, quiet=quiet)

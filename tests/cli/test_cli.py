@@ -32,6 +32,7 @@ from megatron_edu.data.wordpiece import load_wordpiece, train_wordpiece
 from megatron_edu.errors import Stopped
 from megatron_edu.failures import PACKAGE
 from megatron_edu.files import mark_folder
+from megatron_edu.models.architecture import ARCHITECTURES
 from megatron_edu.models.bert import Bert
 from megatron_edu.files import MARK
 from megatron_edu.data.prepare import prepare, prepare_documents
@@ -141,7 +142,7 @@ def test_help_of_train_offers_every_field(capsys, verb, preset):
     for part in (config.model, config.run, config.optimizer, config.parallel):
         for field in dataclasses.fields(part):
             offered = re.search(rf"--{field.name.replace('_', '-')}[ ,]", text) is not None
-            assert offered == (field.name != "pp"), field.name      # not before there is a pipeline
+            assert offered == (field.name not in ("pp", "cp")), field.name
     assert "--data" in text and "--tokenizer" in text and "--text-field" in text
 
 
@@ -307,8 +308,8 @@ def test_what_the_recipe_leaves_to_the_device_can_be_chosen(preset):
     words = f"--preset {preset} --no-recompute --precision bf16 --data x --out y".split()
     default = options.train_defaults(words)
     found = parse.parse("train", words).config
-    assert (default.config.model.recompute, default.config.run.precision) == (True, "fp32")
-    assert (found.model.recompute, found.run.precision) == (False, "bf16")
+    assert (default.config.run.recompute, default.config.run.precision) == (True, "fp32")
+    assert (found.run.recompute, found.run.precision) == (False, "bf16")
 
 
 def arguments(*words):
@@ -329,7 +330,7 @@ def test_text_is_tokenized_as_the_options_say(corpus, tmp_path, monkeypatch):
     options = "--data", *texts, "--out", out, "--text-field", "body"
     train_verb.find_tokens(arguments(*options, "--vocab-size", 400))
     train_verb.find_tokens(arguments(*options, "--tokenizer", given, "--lossy"))
-    rest = "body", "gpt2"
+    rest = "body", "bpe"
     first, second = (texts, out, None, 400, *rest, False), (texts, out, given, 512, *rest, True)
     assert seen == [first, second]
 
@@ -494,7 +495,7 @@ OTHER_TEXT = ["Quick zebras jump over lazy wolves. A fox waits! Bright owls vex 
 def other_tokens(folder, model="gpt2", **options):
     "Another text, prepared by a tokenizer of its own."
     (folder / "other.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in OTHER_TEXT))
-    options |= {"model": model, "overwrite": True}
+    options |= {"kind": ARCHITECTURES[model].tokenizer, "overwrite": True}
     prepare((folder / "other.jsonl",), folder / "other", **options)
     return folder / "other"
 
@@ -844,6 +845,9 @@ def vocabulary_files(folder):
         shutil.copy(folder / f"gpt2-{name}", folder / "gpt2" / name)
 
 
+WORDS = {"gpt2": "byte-level BPE", "bert": "WordPiece vocabulary"}
+
+
 @pytest.mark.parametrize(
     ("model", "names"),
     [
@@ -853,13 +857,13 @@ def vocabulary_files(folder):
 )
 def test_prepare_says_whose_a_tokenizer_is(corpus, sentences, tmp_path, capsys, model, names):
     vocabulary_files(tmp_path)
-    other, kind = {"bert": ("gpt2", "WordPiece"), "gpt2": ("bert", "byte-level BPE")}[model]
+    other = {"bert": "gpt2", "gpt2": "bert"}[model]
     source, out = corpus / "a.txt", tmp_path / "out"
     for name in names:
         path = tmp_path / name if (tmp_path / name).exists() else corpus / name
         words = "prepare", source, "--model", model, "--tokenizer", path, "--out", out
         text = refusal(capsys, *words)
-        assert f"{path}: the tokenizer of a {other}, and a {model} needs a {kind}" in text
+        assert f"{path}: a {WORDS[other]}, and a {WORDS[model]} is needed" in text
         assert f"go on with --model {other}, or" in text and not out.exists()
 
 
@@ -868,7 +872,7 @@ def test_prepare_says_what_is_wrong_with_a_tokenizer_of_nobody(corpus, tmp_path,
     (tmp_path / "words.txt").write_text("one\ntwo\n")
     words = "--model", model, "--tokenizer", tmp_path / "words.txt", "--out", tmp_path / "out"
     text = refusal(capsys, "prepare", corpus / "a.txt", *words)
-    assert f"words.txt, read as the tokenizer of a {model} (see --model): " in text
+    assert f"words.txt, read as a {WORDS[model]} (see --model): " in text
 
 
 def written(capsys, *args):
@@ -1214,13 +1218,13 @@ def test_options_that_a_bert_cannot_have(sentences, tmp_path, capsys, options, w
 def test_the_other_models_tokens_are_refused(corpus, sentences, tmp_path, capsys):
     rest = "--out", tmp_path / "run", "--data"
     text = refusal(capsys, "train", *SHORT, *rest, sentences)
-    assert f"{sentences}/tokenizer.json: the tokenizer of a bert, and a gpt2 needs" in text
+    assert f"{sentences}/tokenizer.json: a WordPiece vocabulary, and a byte-level BPE" in text
     assert "go on with --model bert, or prepare the text with" in text
     assert "megatron-edu prepare --model gpt2" in text and "eod_token" not in text
     pieces = "--tokenizer", sentences / "tokenizer.json"
     for more in ((), pieces):
         text = refusal(capsys, "train", *SMALL_BERT, *rest, corpus / "ready", *more)
-        assert f"{corpus}/ready/tokenizer.json: the tokenizer of a gpt2, and a bert needs" in text
+        assert f"{corpus}/ready/tokenizer.json: a byte-level BPE, and a WordPiece" in text
         assert "go on with --model gpt2, or prepare the text with" in text
         assert "megatron-edu prepare --model bert" in text and "train_wordpiece" not in text
     alone = bare(corpus / "ready", tmp_path)
@@ -1306,8 +1310,9 @@ def test_convert_takes_an_older_vocabulary_along(bert_run, tmp_path, capsys):
 def test_the_demo_of_each_model_is_called(monkeypatch, tmp_path):
     called, lights = {}, []
     monkeypatch.setattr(demo_verb, "show_lights", lambda kind, say: lights.append(kind) or True)
-    for model, name in (("gpt2", "demo"), ("bert", "demo_bert")):
-        monkeypatch.setattr(demo_verb, name, lambda asked, say, m=model: called.update({m: asked}))
+    for model, name in (("gpt2", "gpt2.demo"), ("bert", "bert.demo_bert")):
+        name = f"megatron_edu.demo.{name}"
+        monkeypatch.setattr(name, lambda asked, say, m=model: called.update({m: asked}))
     cli.main(["demo", "--out", str(tmp_path), "--steps", "3", "--quiet"])
     cli.main(["demo", "--model", "bert", "--tp", "4"])
     assert lights == ["gpt2", "bert"] and called["gpt2"].quiet and not called["bert"].quiet

@@ -233,13 +233,13 @@ def test_for_bert_unknown_words_are_counted(tmp_path):
     train_wordpiece([KNOWN], 60).save(tmp_path / "tok.json")
     (tmp_path / "a.txt").write_text("The cat sat. The Zebra 漢 ran to the quiz.")
     made = prepare_text(
-        (tmp_path / "a.txt",), tmp_path / "out", tmp_path / "tok.json", model="bert"
+        (tmp_path / "a.txt",), tmp_path / "out", tmp_path / "tok.json", kind="wordpiece"
     )
     assert made.counts.unknown == 5 and made.counts.lost == 0
     said = f"5 of {(n := made.file.num_tokens)} tokens ({5 / n:.2%}) are [UNK], words that"
     assert len(made.lines()) == 1 and made.lines()[0].startswith(said)
     with pytest.warns(UserWarning, match=r"tokens \(.*%\) are \[UNK\]"):
-        prepare((tmp_path / "a.txt",), tmp_path / "b", tmp_path / "tok.json", model="bert")
+        prepare((tmp_path / "a.txt",), tmp_path / "b", tmp_path / "tok.json", kind="wordpiece")
 
 
 def test_a_prompt_that_cannot_be_expressed_is_refused():

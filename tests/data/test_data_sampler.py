@@ -9,7 +9,13 @@ import torch
 from megatron_edu.comm import Ledger
 from megatron_edu.config import BertConfig, GPT2Config
 from megatron_edu.data.gpt2 import GPT2Samples
-from megatron_edu.data.sampler import BatchSampler, Field, batch_fields, broadcast_batch
+from megatron_edu.data.sampler import (
+    BatchSampler,
+    Field,
+    batch_fields,
+    bert_fields,
+    broadcast_batch,
+)
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
 from megatron_edu.mesh import ParallelDims
@@ -242,7 +248,7 @@ def feed_bert(dims, device):
     given = dict(reversed(bert_batch().items()))        # their order says nothing
     mine = given if groups.tp_rank == 0 else None
     with Ledger() as ledger:
-        batch = broadcast_batch(mine, groups.tp_group, batch_fields(BERT, 2), device)
+        batch = broadcast_batch(mine, groups.tp_group, bert_fields(BERT, 2), device)
     sent = [(record.op, record.axis, record.elements) for record in ledger.records]
     return {name: tensor.cpu() for name, tensor in batch.items()}, sent
 
@@ -274,7 +280,7 @@ def test_numbers_that_a_bert_does_not_know_are_refused(name, value, largest):
     batch[name].view(-1)[-1] = value
     message = f"{name} holds {value}; this model knows 0 to {largest}; use the tokenizer"
     with pytest.raises(ValueError, match=message):
-        broadcast_batch(batch, None, batch_fields(BERT, 2))
+        broadcast_batch(batch, None, bert_fields(BERT, 2))
 
 
 @pytest.mark.parametrize("name", list(bert_batch()))
@@ -282,13 +288,13 @@ def test_each_tensor_has_its_shape(name):
     batch = bert_batch()
     batch[name] = batch[name][:1]
     with pytest.raises(ValueError, match=f"{name} of shape .1,.*; a batch of this step has .2,"):
-        broadcast_batch(batch, None, batch_fields(BERT, 2))
+        broadcast_batch(batch, None, bert_fields(BERT, 2))
 
 
 def test_the_samples_of_another_kind_are_refused():
     gpt2 = GPT2Config(1, 8, 2, vocab_size=10, max_seq_len=4)
     with pytest.raises(ValueError, match="a batch of input_ids, labels; .* takes .*sentence_order"):
-        broadcast_batch(good_batch(), None, batch_fields(BERT, 2))
+        broadcast_batch(good_batch(), None, bert_fields(BERT, 2))
     with pytest.raises(ValueError, match="takes input_ids, labels; use the samples of its kind"):
         broadcast_batch(bert_batch(), None, batch_fields(gpt2, 2))
     assert batch_fields(gpt2, 2) == token_fields()

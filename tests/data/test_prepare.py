@@ -93,9 +93,9 @@ def test_half_a_token_file_is_named(lines, tmp_path, half):
         ({"text_field": "text"}, "line 1: no string in field 'text'"),
         ({"vocab_size": 256, "text_field": "body"}, "vocab_size 256 is too small"),
         ({"tokenizer": "absent", "text_field": "body"}, "no tokenizer there"),
-        ({"model": "t5", "text_field": "body"}, "model 't5'; known are gpt2, bert"),
-        ({"model": "bert", "vocab_size": 20, "text_field": "body"}, "vocab_size 20 is too small"),
-        ({"model": "bert", "tokenizer": "absent", "text_field": "body"}, "vocab.txt"),
+        ({"kind": "t5", "text_field": "body"}, "kind 't5'; known are wordpiece, bpe"),
+        ({"kind": "wordpiece", "vocab_size": 20, "text_field": "body"}, "size 20 is too small"),
+        ({"kind": "wordpiece", "tokenizer": "absent", "text_field": "body"}, "vocab.txt"),
     ],
 )
 def test_bad_input_leaves_nothing(lines, tmp_path, arguments, words):
@@ -110,15 +110,15 @@ def test_an_empty_corpus_is_refused(tmp_path):
         prepare((tmp_path / "blank.txt",), tmp_path / "out")
 
 
-@pytest.mark.parametrize("model", ["gpt2", "bert"])
-def test_a_failure_leaves_the_old_folder(lines, tmp_path, model):
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_a_failure_leaves_the_old_folder(lines, tmp_path, kind):
     out = tmp_path / "out"
-    prepare((lines,), out, vocab_size=300, text_field="body", model=model)
+    prepare((lines,), out, vocab_size=300, text_field="body", kind=kind)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     (tmp_path / "bad.jsonl").write_text('{"body": "fine"}\n{"body": 1}\n')
     for overwrite in (False, True):
         words = "bad.jsonl.*body" if overwrite else "holds a prepared"
-        options = {"text_field": "body", "model": model, "overwrite": overwrite}
+        options = {"text_field": "body", "kind": kind, "overwrite": overwrite}
         with pytest.raises(ValueError, match=words):
             prepare((tmp_path / "bad.jsonl",), out, **options)
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -194,7 +194,7 @@ def sentences_of(folder):
 
 def test_for_bert_the_sentences_come_back(stories, tmp_path):
     out = tmp_path / "out"
-    file = prepare((stories,), out, vocab_size=90, text_field="body", model="bert")
+    file = prepare((stories,), out, vocab_size=90, text_field="body", kind="wordpiece")
     assert sentences_of(out) == SENTENCES and find_token_file(out) == out / "tokens"
     names = [MARK, "source.json", "tokenizer.json", "tokens.bin", "tokens.idx"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -206,21 +206,21 @@ def test_for_bert_a_given_vocabulary_is_used_and_kept(stories, tmp_path):
     given = train_wordpiece(["the cat runs and barks, gruße und kusse"] * 2, 60)
     vocab = sorted(given.core.get_vocab().items(), key=lambda item: item[1])
     (tmp_path / "vocab.txt").write_text("".join(token + "\n" for token, _ in vocab))
-    prepare((stories,), tmp_path / "out", tmp_path / "vocab.txt", 9, "body", "bert")
+    prepare((stories,), tmp_path / "out", tmp_path / "vocab.txt", 9, "body", "wordpiece")
     kept = load_wordpiece(tmp_path / "out")
     assert kept.core.get_vocab() == given.core.get_vocab()
     assert TokenFile(tmp_path / "out" / "tokens")[2].tolist() == given.encode("The cat runs.")
-    prepare((stories,), tmp_path / "again", tmp_path / "out", text_field="body", model="bert")
+    prepare((stories,), tmp_path / "again", tmp_path / "out", text_field="body", kind="wordpiece")
     for name in ("tokens.bin", "tokens.idx", "tokenizer.json"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
 def test_a_tokenizer_of_the_other_model_is_refused(lines, stories, tmp_path):
     prepare((lines,), tmp_path / "gpt2", vocab_size=300, text_field="body")
-    prepare((stories,), tmp_path / "bert", vocab_size=90, text_field="body", model="bert")
-    with pytest.raises(ValueError, match="of a gpt2, and a bert needs a WordPiece vocabulary"):
-        prepare((lines,), tmp_path / "out", tmp_path / "gpt2", text_field="body", model="bert")
-    with pytest.raises(ValueError, match="of a bert, and a gpt2 needs a byte-level BPE"):
+    prepare((stories,), tmp_path / "bert", vocab_size=90, text_field="body", kind="wordpiece")
+    with pytest.raises(ValueError, match="BPE, and a WordPiece vocabulary is needed"):
+        prepare((lines,), tmp_path / "out", tmp_path / "gpt2", text_field="body", kind="wordpiece")
+    with pytest.raises(ValueError, match="WordPiece vocabulary, and a byte-level BPE is needed"):
         prepare((lines,), tmp_path / "out", tmp_path / "bert", text_field="body")
     assert not (tmp_path / "out").exists()
 
@@ -231,9 +231,9 @@ def test_whose_a_tokenizer_is_shows_in_any_spelling(stories, tmp_path):
     (tmp_path / "pieces.txt").write_text("[PAD]\n[MASK]\nthe\n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe")
     for name, words in {
-        "vocab.json": "vocab.json: the tokenizer of a gpt2, and a bert needs a WordPiece",
-        "pieces.txt": r"pieces.txt, read as the tokenizer of a bert .* without \[UNK\]",
-        "bytes.txt": "bytes.txt, read as the tokenizer of a bert",
+        "vocab.json": "vocab.json: a byte-level BPE, and a WordPiece vocabulary is needed",
+        "pieces.txt": r"pieces.txt, read as a WordPiece .* without \[UNK\]",
+        "bytes.txt": "bytes.txt, read as a WordPiece",
     }.items():
         with pytest.raises(ValueError, match=words):
-            prepare((stories,), tmp_path / "out", tmp_path / name, 90, "body", "bert")
+            prepare((stories,), tmp_path / "out", tmp_path / name, 90, "body", "wordpiece")

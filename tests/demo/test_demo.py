@@ -192,7 +192,7 @@ def test_lights_that_are_wrong_end_the_demo(monkeypatch, capsys, tmp_path, right
 
     begun = []
     monkeypatch.setattr(verb, "Ranks", ranks)
-    monkeypatch.setattr(verb, "demo", lambda asked, say: begun.append(asked))
+    monkeypatch.setattr("megatron_edu.demo.gpt2.demo", lambda asked, say: begun.append(asked))
     assert verb.run(DemoConfig(tmp_path / "run")) == status
     assert len(begun) == (status == 0)
     assert ("do not tell right from wrong" in capsys.readouterr().err) == (status == 3)

@@ -19,7 +19,12 @@ from megatron_edu.generate import fill_mask
 from megatron_edu.first_rank import on_first_rank
 from megatron_edu.generate import SamplingConfig, generate, ids_without_token
 from megatron_edu.interop import load_huggingface, save_huggingface
-from megatron_edu.interop.compare import check_conversion, compare_with_transformers, fixed_batch
+from megatron_edu.interop.compare import (
+    bert_batch,
+    check_conversion,
+    compare_with_transformers,
+    gpt2_batch,
+)
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
 
@@ -209,7 +214,7 @@ def test_an_encoder_alone_is_compared_without_its_heads(folders, tmp_path):
 
 @kinds
 def test_the_batch_says_something(kind):
-    batch = fixed_batch(SIZES[kind])
+    batch = (gpt2_batch if kind == "gpt2" else bert_batch)(SIZES[kind])
     assert batch["input_ids"].shape == (2, 17) and len(batch["input_ids"].unique()) > 20
     if kind != "gpt2":
         assert batch["token_types"].unique().tolist() == [0, 1, 2]

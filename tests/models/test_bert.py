@@ -25,10 +25,12 @@ kinds = pytest.mark.parametrize("layer_norm", KINDS)
 # ---------------------------------------------------------------------------- the four checks
 
 
-def four_checks(tp, dp, config, data, device, dtype=torch.float64, **options):
+def four_checks(
+    tp, dp, config, data, device, dtype=torch.float64, recompute=False, **options
+):
     "One step of both models with the same shaken weights."
     mine = groups(tp, dp, device)
-    model, full = pair(config, mine.tp_group, dtype, device)
+    model, full = pair(config, mine.tp_group, dtype, device, recompute)
     wrapped = DataParallel(model, mine.dp_group)
     data = {name: tensor.to(device) for name, tensor in data.items()}
     return check_equivalence(wrapped, full, **data, dp_group=mine.dp_group, **options)
@@ -39,8 +41,9 @@ def four_checks(tp, dp, config, data, device, dtype=torch.float64, **options):
 @kinds
 @pytest.mark.parametrize("recompute", [False, True])
 def test_equals_the_reference(ranks, device, tp, dp, layer_norm, recompute):
-    changed = config(layer_norm=layer_norm, recompute=recompute)
-    reports = ranks(tp * dp)(four_checks, tp, dp, changed, batch(changed), device)
+    changed = config(layer_norm=layer_norm)
+    given = tp, dp, changed, batch(changed), device
+    reports = ranks(tp * dp)(four_checks, *given, recompute=recompute)
     assert all(report == reports[0] for report in reports)
 
 
@@ -223,10 +226,11 @@ def test_a_row_of_padding_may_look_at_all_of_it():
 # ------------------------------------------------------------------------------ training
 
 
-def training_differences(tp, dp, config, device):
+def training_differences(tp, dp, config, recompute, device):
     mine = groups(tp, dp, device)
     batches = [batch(config, seed=seed, device=device) for seed in range(STEPS)]
-    return differences_after(*pair(config, mine.tp_group, device=device), mine, dp, batches)
+    both = pair(config, mine.tp_group, device=device, recompute=recompute)
+    return differences_after(*both, mine, dp, batches)
 
 
 @grids
@@ -234,9 +238,9 @@ def training_differences(tp, dp, config, device):
 @kinds
 @pytest.mark.parametrize("recompute", [False, True])
 def test_five_clipped_steps_equal_the_references(ranks, device, tp, dp, layer_norm, recompute):
-    changed = config(layer_norm=layer_norm, recompute=recompute)
+    changed = config(layer_norm=layer_norm)
     for differences, moved, norms in ranks(tp * dp)(
-        training_differences, tp, dp, changed, device
+        training_differences, tp, dp, changed, recompute, device
     ):
         assert max(differences.values()) < 1e-10, differences
         assert min(moved.values()) > 1e-3, moved
@@ -351,8 +355,9 @@ def test_divisors_and_the_loss_without_an_order(ranks, device, tp):
 
 def loss_and_gradients(tp, recompute, layer_norm, device):
     "With dropout 0.3 everywhere."
-    changed = config(dropout=0.3, recompute=recompute, layer_norm=layer_norm)
-    model, _ = pair(changed, groups(tp, 1, device).tp_group, device=device)
+    changed = config(dropout=0.3, layer_norm=layer_norm)
+    group = groups(tp, 1, device).tp_group
+    model, _ = pair(changed, group, device=device, recompute=recompute)
     seed_replica(5)
     loss = model.loss(**batch(changed, device=device))
     loss.backward()

@@ -22,8 +22,8 @@ MASKED = int((batch(config(), ROWS, LENGTH)["labels"] != -100).sum())           
 def one_step(tp, dp, layer_norm, recompute, device):
     "How often each collective of a step came, and what the replica's share of it counted."
     mine = groups(tp, dp, device)
-    changed = config(num_layers=LAYERS, recompute=recompute, layer_norm=layer_norm)
-    model, _ = pair(changed, mine.tp_group, device=device)
+    changed = config(num_layers=LAYERS, layer_norm=layer_norm)
+    model, _ = pair(changed, mine.tp_group, device=device, recompute=recompute)
     wrapped = DataParallel(model, mine.dp_group)
     data = batch(changed, dp * ROWS, LENGTH, device=device)
     data = {name: tensor.chunk(dp)[mine.dp_rank] for name, tensor in data.items()}
@@ -87,9 +87,10 @@ def test_bytes_under_bf16_autocast(ranks, device, tp, layer_norm):
 
 def inference(tp, device):
     "Collectives of building the model, and of both logits without gradients."
-    changed = config(num_layers=LAYERS, recompute=True)
+    changed = config(num_layers=LAYERS)
     with Ledger() as building:
         model = Bert(changed, groups(tp, 1, device).tp_group).to(device)
+    model.recompute = True
     data = batch(changed, ROWS, LENGTH, device=device)
     with Ledger() as ledger, torch.no_grad():
         model(data["input_ids"], data["token_types"], data["attention_mask"])
@@ -155,8 +156,8 @@ def test_one_device_says_nothing(monkeypatch, layer_norm, recompute):
     "No process group, no collective call, in building, a step, clipping and an update."
     forbid_collectives(monkeypatch)
     assert not dist.is_initialized()
-    changed = config(dropout=0.1, recompute=recompute, layer_norm=layer_norm)
-    model, full = pair(changed, groups(1).tp_group)
+    changed = config(dropout=0.1, layer_norm=layer_norm)
+    model, full = pair(changed, groups(1).tp_group, recompute=recompute)
     with Ledger() as ledger:
         DataParallel(model, groups(1).dp_group).loss(**batch(changed)).backward()
         clip_grad_norm(model, 1e-3)

@@ -38,8 +38,8 @@ LOSSES = {"model.loss": model_loss, "logits, then loss": separate_loss}
 def one_step(tp, dp, loss_of, recompute, device, dtype=torch.float64, autocast=None):
     "How often each collective of a step came: {(phase, op, axis, dtype, elements): times}."
     mine = groups(tp, dp, device)
-    changed = config(num_layers=LAYERS, recompute=recompute)
-    model, _ = pair(changed, mine.tp_group, dtype, device)
+    changed = config(num_layers=LAYERS)
+    model, _ = pair(changed, mine.tp_group, dtype, device, recompute)
     wrapped = DataParallel(model, mine.dp_group) if dp > 1 else model
     data = batch(changed, ROWS, LENGTH, device=device)
     with Ledger() as step, set_checkpoint_early_stop(False):
@@ -137,9 +137,10 @@ def test_a_block_is_two_and_two_all_reduces(ranks, device, tp):
 def inference(tp, device):
     "Collectives of building the model, and of its logits without gradients."
     group = groups(tp, 1, device).tp_group
-    changed = config(num_layers=LAYERS, recompute=True)
+    changed = config(num_layers=LAYERS)
     with Ledger() as building:
         model = GPT2(changed, group).to(device)
+    model.recompute = True
     ids = batch(changed, ROWS, LENGTH, device=device)[0]
     with Ledger() as ledger, torch.no_grad():
         model(ids)
@@ -200,7 +201,7 @@ def test_one_device_says_nothing(monkeypatch, loss_of, recompute):
     assert not dist.is_initialized()
     mine = groups(1)
     assert mine.tp_group is None and mine.dp_group is None
-    model, full = pair(config(dropout=0.1, recompute=recompute), mine.tp_group)
+    model, full = pair(config(dropout=0.1), mine.tp_group, recompute=recompute)
     wrapped = DataParallel(model, mine.dp_group)
     data = batch(config())
     with Ledger() as ledger:

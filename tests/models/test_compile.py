@@ -31,11 +31,12 @@ def loss_and_gradients(model, loss, data):
     return value.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def compare(kind, tp, backend, device, **changes):
+def compare(kind, tp, backend, device, recompute=False, **changes):
     "Largest differences between eager and compiled, and how many graphs were compiled."
     cases = CASES[kind]
     changed = cases.config(**TINY, **changes)
-    model, _ = cases.pair(changed, groups(tp, 1, device).tp_group, torch.float32, device)
+    group = groups(tp, 1, device).tp_group
+    model, _ = cases.pair(changed, group, torch.float32, device, recompute)
     data = cases.batch(changed, rows=2, device=device)
     if kind == "gpt2":
         data = dict(zip(("input_ids", "labels", "loss_mask"), (*data[:2], data[2].float())))

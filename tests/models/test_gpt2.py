@@ -22,7 +22,6 @@ widths = pytest.mark.parametrize("tp", [1, 2, 4])
 NAMES = ("input_ids", "labels", "loss_mask")
 VARIANTS = {
     "plain": config(),
-    "recompute": config(recompute=True),
     "exact GELU": config(gelu="exact"),
     "f is not 4h": config(ffn_hidden_size=20),
     "a rank of padding": config(vocab_size=60, vocab_multiple=128),
@@ -34,10 +33,12 @@ VARIANTS = {
 # ---------------------------------------------------------------------------- the four checks
 
 
-def four_checks(tp, dp, config, masked, device, dtype=torch.float64, **options):
+def four_checks(
+    tp, dp, config, masked, device, dtype=torch.float64, recompute=False, **options
+):
     "One step of both models with the same shaken weights."
     mine = groups(tp, dp, device)
-    model, full = pair(config, mine.tp_group, dtype, device)
+    model, full = pair(config, mine.tp_group, dtype, device, recompute)
     wrapped = DataParallel(model, mine.dp_group)
     data = batch(config, masked=masked, device=device)
     return check_equivalence(wrapped, full, *data, dp_group=mine.dp_group, **options)
@@ -49,6 +50,12 @@ def four_checks(tp, dp, config, masked, device, dtype=torch.float64, **options):
 def test_equals_the_reference(ranks, device, tp, dp, variant):
     reports = ranks(tp * dp)(four_checks, tp, dp, VARIANTS[variant], True, device)
     assert all(report == reports[0] for report in reports)
+
+
+@grids
+@widths
+def test_equals_the_reference_with_recomputation(ranks, device, tp, dp):
+    ranks(tp * dp)(four_checks, tp, dp, config(), True, device, recompute=True)
 
 
 @grids
@@ -151,11 +158,12 @@ def train_sharded(model, dp_group, dp_rank, dp, batches):
     return norms
 
 
-def training_differences(tp, dp, config, device):
+def training_differences(tp, dp, config, recompute, device):
     mine = groups(tp, dp, device)
     batches = [batch(config, seed=seed, device=device) for seed in range(STEPS)]
     batches = [dict(zip(NAMES, data, strict=True)) for data in batches]
-    return differences_after(*pair(config, mine.tp_group, device=device), mine, dp, batches)
+    both = pair(config, mine.tp_group, device=device, recompute=recompute)
+    return differences_after(*both, mine, dp, batches)
 
 
 def differences_after(model, full, mine, dp, batches):
@@ -175,7 +183,7 @@ def differences_after(model, full, mine, dp, batches):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_five_clipped_steps_equal_the_references(ranks, device, tp, dp, recompute):
     for differences, moved, norms in ranks(tp * dp)(
-        training_differences, tp, dp, config(recompute=recompute), device
+        training_differences, tp, dp, config(), recompute, device
     ):
         assert max(differences.values()) < 1e-10, differences
         assert min(moved.values()) > 1e-3, moved
@@ -261,8 +269,9 @@ def test_the_loss_is_the_sum_of_named_losses():
 
 def loss_and_gradients(tp, recompute, device):
     "With dropout 0.3 everywhere."
-    changed = config(dropout=0.3, recompute=recompute)
-    model, _ = pair(changed, groups(tp, 1, device).tp_group, device=device)
+    changed = config(dropout=0.3)
+    group = groups(tp, 1, device).tp_group
+    model, _ = pair(changed, group, device=device, recompute=recompute)
     data = batch(changed, device=device)
     seed_replica(5)
     loss = model.loss(*data)

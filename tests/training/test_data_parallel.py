@@ -144,7 +144,7 @@ def take_notes(replica, group):
 def micro_batches(tp, dp, micro, quiet, recompute, device, steps=2):
     "Errors of the last of several steps, each in micro-batches; and what DDP sent in it."
     mine = groups(tp, dp, device)
-    model, full = pair(config(recompute=recompute), mine.tp_group, device=device)
+    model, full = pair(config(), mine.tp_group, device=device, recompute=recompute)
     replica = DataParallel(model, mine.dp_group)
     sizes = take_notes(replica, mine.dp_group) if dp > 1 else []
     for step in range(steps):

@@ -186,5 +186,5 @@ def test_the_papers_recipe_for_both_models(name):
     "Section 4.2: clipping, weight decay, dropout, activations recomputed after every layer."
     found = recipe(PRESETS[name], Path("run"))
     assert (found.optimizer.clip, found.optimizer.weight_decay) == (1.0, 0.01)
-    assert (found.model.dropout, found.model.recompute) == (0.1, True)
+    assert (found.model.dropout, found.run.recompute) == (0.1, True)
     assert found.run.precision == "fp32"        # runs on every device; see `recipe`
