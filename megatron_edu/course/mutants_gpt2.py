@@ -113,7 +113,7 @@ def tied_output_half_missing(real, x, weight, *targets, **options):
 
 
 @_mutant("models.gpt2.Transformer.output_table",
-         "untied output layer: logits by the embedding", "a layer of its own has a table of its own",
+         "untied output layer: logits by the embedding", "an untied layer has its own table",
          tie_embeddings=False)
 def logits_by_the_embedding(real, model):
     return model.wte.weight

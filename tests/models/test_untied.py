@@ -154,7 +154,10 @@ def test_what_was_saved_before_there_was_a_choice_is_tied(tmp_path, kind):
     assert load_model(folder).config.tie_embeddings
 
 
-@pytest.mark.parametrize("option, tied", [("--tie-embeddings", True), ("--no-tie-embeddings", False)])
+OPTIONS = {"--tie-embeddings": True, "--no-tie-embeddings": False}
+
+
+@pytest.mark.parametrize("option, tied", OPTIONS.items())
 def test_a_run_cannot_change_it_and_the_option_to_give_is_one_that_there_is(option, tied):
     before, now = (replace(CONFIGS["gpt2"], tie_embeddings=each) for each in (tied, not tied))
     said = resume.refusal("model", resume.differences(before, now))
