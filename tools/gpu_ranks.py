@@ -384,8 +384,7 @@ def gemm_rate(timing: Timing, device: torch.device) -> float:
 
 def blank_model(config: ModelConfig, group, device: torch.device) -> nn.Module:
     "The model with weights drawn on the device: on the CPU that would take longer than the steps."
-    with torch.device("meta"):
-        model = build_model(config, group)
+    model = build_model(config, group, seed=None)
     model.to_empty(device=device)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
