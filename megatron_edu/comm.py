@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from .shared_memory import AWAKE, Exchange, shared_memory, wait_until
+from .shared_memory import SPIN_SECONDS, Exchange, shared_memory, wait_until
 from .watch import axis_of, doing
 
 # %% ../nbs/1_ranks/03_comm.ipynb #83d851fe
@@ -135,7 +135,7 @@ class Pending:
         "Block until the result is there."
         if self.work is not None:
             if self.tensor.device.type == "cpu":    # on a GPU the stream waits, not this process
-                wait_until(self.work.is_completed, limit=AWAKE)
+                wait_until(self.work.is_completed, limit=SPIN_SECONDS)
             self.work.wait()
             doing.end()
         return self.tensor

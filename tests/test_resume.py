@@ -660,7 +660,7 @@ def test_weights_are_cut_for_any_number_of_ranks(ranks, device, whole, tokens, t
 # ------------------------------------------------------------------------------- the command line
 
 TEXT = "The cat sat on the mat, and the dog barked at the cat. Did it hear? It ran away.\n\n"
-OTHER = "Quick zebras jump over lazy wolves. A fox waits! Bright owls vex it, as ever.\n\n"
+REMEDY = "Quick zebras jump over lazy wolves. A fox waits! Bright owls vex it, as ever.\n\n"
 SHORT = "--preset tiny --batch-size 4 --eval-batches 1 --num-layers 1 --max-seq-len 16 --lr 0.001"
 BERT = SHORT.replace("tiny", "bert-tiny")
 
@@ -692,7 +692,7 @@ def begun(tmp_path_factory):
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text(TEXT * 600)
     (folder / "texts" / "b.jsonl").write_text(json.dumps({"text": TEXT * 200}) + "\n")
-    (folder / "other.txt").write_text(OTHER * 600)
+    (folder / "other.txt").write_text(REMEDY * 600)
     prepare((folder / "texts",), folder / "ready", vocab_size=280)
     prepare((folder / "texts",), folder / "pieces", vocab_size=60, kind="wordpiece")
     more = "--steps 2 --seed 3 --vocab-size 290"
@@ -850,7 +850,7 @@ def edit(here):
 
 
 def same_size(here):
-    Path("other.txt").write_text(OTHER.replace("fox", "fly") * 600)
+    Path("other.txt").write_text(REMEDY.replace("fox", "fly") * 600)
 
 
 def one_more(here):

@@ -241,7 +241,7 @@ def test_memory_grows_while_an_exchange_is_under_way(ranks):
 @pytest.mark.world(3)
 def test_tensors_above_the_limit_go_through_gloo(ranks):
     def limited():
-        with patch.object(module, "_LARGEST", 800), group_of() as group:
+        with patch.object(module, "_LARGEST_BYTES", 800), group_of() as group:
             kinds, results = [], []
             for elements in (100, 101, 100):
                 exchange = all_reduce_start(torch.arange(elements, dtype=torch.float64), group)
@@ -513,7 +513,7 @@ def test_waiting_is_awake_first_then_sleeps_in_short_naps_and_ends(monkeypatch):
     monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(module.time, "sleep", nap)
     assert not wait_until(look, limit=1)
-    assert len(looks_awake) == round(module.AWAKE / 0.001) and 1 < clock[0] < 1.02
+    assert len(looks_awake) == round(module.SPIN_SECONDS / 0.001) and 1 < clock[0] < 1.02
     assert 0 < min(naps) and max(naps) <= 0.01
     naps.clear()
     answers = iter([False, False, True])

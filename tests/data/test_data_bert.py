@@ -19,10 +19,10 @@ from bert_data_cases import numbered_file, numbered_wordpiece, random_file
 from tokenizers import models
 
 from megatron_edu.data import bert
-from megatron_edu.data.bert import BertSamples, draws, fit, stretch
+from megatron_edu.data.bert import BertSamples, draws, shorten_segments, random_stretch
 from megatron_edu.data.corpus import embedded_corpus, read_documents
 from megatron_edu.data.gpt2 import split_documents
-from megatron_edu.data.masking import chosen, hide, ngrams
+from megatron_edu.data.masking import choose_masked, mask_tokens, ngrams
 from megatron_edu.data.sampler import IGNORED
 from megatron_edu.data.sentences import sentences_to_file
 from megatron_edu.data.token_file import TokenFile
@@ -276,13 +276,13 @@ def test_every_split_and_each_order_is_equally_likely(tmp_path):
     ],
 )
 def test_the_longer_segment_gives_way(a, b, target, lengths):
-    assert fit(a, b, target) == lengths
+    assert shorten_segments(a, b, target) == lengths
 
 
 def stretches(continues: np.ndarray, length: int, draw: np.ndarray) -> tuple[list, list]:
     "First and last + 1 of stretches of the tokens 0, 1, ... 29."
     zeros = np.zeros(len(draw), int)
-    found = stretch(lambda place: ~continues[place], zeros, zeros + 30, zeros + length, draw)
+    found = random_stretch(lambda place: ~continues[place], zeros, zeros + 30, zeros + length, draw)
     return tuple(ends.tolist() for ends in found)
 
 
@@ -308,7 +308,7 @@ def test_segments_of_any_lengths_are_cut_together_as_alone():
     continues, draw = chance.random(500) < 0.4, chance.random(600)
     begin, size = chance.integers(300, size=600), chance.integers(1, 80, 600)
     length = chance.integers(1, size, endpoint=True)
-    low, high = stretch(lambda place: ~continues[place], begin, begin + size, length, draw)
+    low, high = random_stretch(lambda place: ~continues[place], begin, begin + size, length, draw)
     for k, (first, n) in enumerate(zip(begin.tolist(), length.tolist())):
         start = first + int(draw[k] * (size[k] - n + 1))
         inside = [i for i in range(start + 1, start + n) if not continues[i]]
@@ -399,14 +399,14 @@ def drawn(request, tmp_path_factory) -> Drawn:
     file = sentences_to_file(documents, wordpiece, tmp_path_factory.mktemp("bert") / "x")
     samples = BertSamples(file, wordpiece, 128, COUNT)
     seen = []
-    real = bert.chosen
+    real = bert.choose_masked
 
     def spy(starts, *others):
         seen.append((starts, real(starts, *others)))
         return seen[-1][1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bert, "chosen", spy)
+        patch.setattr(bert, "choose_masked", spy)
         batch = samples.batch(range(COUNT))
     ((starts, masked),) = seen
     sizes = batch["attention_mask"].sum(dim=1).tolist()
@@ -447,7 +447,7 @@ def test_another_token_is_any_ordinary_one():
     "The first, the last and those between, equally likely."
     ids, ordinary = np.zeros((60, 1000), int), np.array([5, 6, 9])
     draw = np.random.default_rng(0).random((2, *ids.shape))
-    shown, _ = hide(ids, np.ones(ids.shape, bool), 4, ordinary, draw)
+    shown, _ = mask_tokens(ids, np.ones(ids.shape, bool), 4, ordinary, draw)
     found, counts = np.unique(shown[(shown != 0) & (shown != 4)], return_counts=True)
     assert found.tolist() == ordinary.tolist()
     expect_even(counts)
@@ -605,9 +605,9 @@ def test_rows_of_a_batch_are_chosen_and_hidden_one_by_one():
     starts, special = chance.random((200, 50)) < 0.6, chance.random((200, 50)) < 0.1
     starts[:, 0], special[0] = True, True
     keys, rounding, draw = (chance.random(shape) for shape in ((200, 50), 200, (2, 200, 50)))
-    masked = chosen(starts, special, keys, rounding)
+    masked = choose_masked(starts, special, keys, rounding)
     ids, ordinary = chance.integers(5, 99, (200, 50)), np.arange(5, 99)
-    shown, labels = hide(ids, masked, 4, ordinary, draw)
+    shown, labels = mask_tokens(ids, masked, 4, ordinary, draw)
     for k in range(200):
         bounds = [*starts[k].nonzero()[0].tolist(), 50]
         grams = [range(a, b) for a, b in zip(bounds, bounds[1:])]
