@@ -130,8 +130,14 @@ def load_config(
 ) -> ModelConfig:           # a GPT-2's where no architecture is named
     "The configuration of a checkpoint's model. `ValueError` if it describes none."
     described = read_json(Path(folder) / CONFIG)
+    name = described.get("architecture", DEFAULT)
+    if isinstance(name, str) and name not in ARCHITECTURES:
+        raise ValueError(
+            f"{folder}/{CONFIG}: architecture {name!r:.40} is not known here, only "
+            f"{', '.join(ARCHITECTURES)}; import the module that registers it, or {REMEDY}"
+        )
     try:
-        kind = ARCHITECTURES[described.get("architecture", DEFAULT)].config
+        kind = ARCHITECTURES[name].config
         return kind(**{name: each for name, each in described["model"].items() if name != MOVED})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -7,6 +7,7 @@ __all__ = ['Row', 'compare_split', 'compare_splits', 'equivalence_table']
 
 # %% ../nbs/7_using/00_verify.ipynb #4347e9cf
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from .mesh import ParallelDims
@@ -15,7 +16,7 @@ from .ranks import Ranks
 from .tensor_parallel.norm import grad_norm
 from .tensor_parallel.shard import gather_state_dict
 from .testing import Report, compare_with_reference
-from .training.checkpoint import load_model
+from .training.checkpoint import load_config, load_model
 from .training.run import Batch
 
 # %% ../nbs/7_using/00_verify.ipynb #70b478eb
@@ -49,9 +50,10 @@ def compare_splits(
     sizes: tuple[int, ...] = (1, 2, 4),
 ) -> list[Row]:
     "The same weights on several numbers of ranks."
-    rows = []
+    rows, home = [], type(load_config(folder)).__module__
     for tp in sizes:
         with Ranks(tp) as ranks:
+            ranks(import_module, home)      # a kind of the user's own is registered there
             rows.append(ranks(compare_split, tp, folder, batch)[0])
     return rows
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/4_models/00_architecture.ipynb #a2fcf8bd
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +18,8 @@ if TYPE_CHECKING:       # PyTorch is imported by the calls that need it
     from torch import nn
 
 # %% auto #0
-__all__ = ['ARCHITECTURES', 'DEFAULT', 'KINDS', 'resolve', 'Exchange', 'Lesson', 'Architecture', 'register', 'architecture_of',
-           'build_model']
+__all__ = ['ARCHITECTURES', 'DEFAULT', 'KINDS', 'resolve', 'Exchange', 'Lesson', 'Architecture', 'check_parts', 'register',
+           'architecture_of', 'build_model']
 
 # %% ../../nbs/4_models/00_architecture.ipynb #cefe419b
 def resolve(
@@ -75,13 +76,39 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {}     # by name
 
 
-def register(architecture: Architecture) -> None:
-    "Make a kind of model known. `ValueError` for a name or a configuration that is taken."
+def check_parts(architecture: Architecture) -> None:
+    "Raise `TypeError` or `ValueError` for a record whose parts cannot be what they are said to be."
     check_kind("architecture", architecture, Architecture)
-    for known in ARCHITECTURES.values():
-        if known.name == architecture.name or known.config is architecture.config:
+    config, name = architecture.config, architecture.name
+    if not (isinstance(config, type) and issubclass(config, ModelConfig)):
+        raise TypeError(
+            f"architecture {name!r}: config={config!r:.100} must be a subclass of ModelConfig; "
+            "pass the class, not one of its objects"
+        )
+    for part in ("model", "reference", "samples", "batch_fields", "sums", "recipe"):
+        path = getattr(architecture, part)
+        if not (isinstance(path, str) and re.fullmatch(r"[\w.]+:\w+", path)):
             raise ValueError(
-                f"architecture {architecture.name!r} of {architecture.config.__name__}: "
+                f"architecture {name!r}: {part}={path!r} is no import path; write \"module:name\""
+            )
+
+
+def register(architecture: Architecture) -> None:
+    """Make a kind of model known to this process. Each rank must import the module that does it.
+
+    A record of the same configuration, by module and name, is replaced: its cell or module was run
+    again. Raises `ValueError` for a name or a configuration that another kind has.
+    """
+    check_parts(architecture)
+    config = architecture.config
+    for known in [*ARCHITECTURES.values()]:
+        taken = known.name == architecture.name, known.config is config
+        same = (known.config.__module__, known.config.__qualname__)
+        if taken[0] and same == (config.__module__, config.__qualname__):
+            del ARCHITECTURES[known.name]
+        elif any(taken):
+            raise ValueError(
+                f"architecture {architecture.name!r} of {config.__name__}: "
                 f"{known.name!r} of {known.config.__name__} is registered; give the new kind a "
                 "name and a configuration class of its own"
             )

@@ -38,7 +38,9 @@ def check_vocabulary(config: ModelConfig, size: int) -> None:
 class Transformer(nn.Module):
     """What GPT-2 and BERT share: two tables, a way through `blocks`, and the output layer.
 
-    A model adds its blocks and what stands around them, and calls `draw`.
+    A model adds its blocks and what stands around them under `torch.device("meta")`, then calls
+    `draw`. So a subclass that changes layers of GPT2 builds it with `seed=None`, puts its own in
+    their place, and draws last. A parameter's name decides how it begins: `weights.initial_std`.
     """
 
     def __init__(

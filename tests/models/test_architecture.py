@@ -1,6 +1,7 @@
 "A record says what the library must know of a kind of model; a third kind needs nothing else."
 
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -34,10 +35,10 @@ from megatron_edu.resume import load_config
 from megatron_edu.settings import OptimizerConfig, RunConfig, TrainConfig, quick_recipe, recipe
 from megatron_edu.tensor_parallel.shard import gather_state_dict, shard_state_dict
 from megatron_edu.testing import check_equivalence
-from megatron_edu.training.checkpoint import checkpoint_folder, load_model
+from megatron_edu.training.checkpoint import checkpoint_folder, load_model, save_checkpoint
 from megatron_edu.training.journal import read_metrics
 from megatron_edu.training.loop import train
-from megatron_edu.verify import compare_split
+from megatron_edu.verify import compare_split, compare_splits
 
 # ------------------------------------------------- a third kind: all layers are one and the same
 
@@ -189,7 +190,7 @@ def test_a_checkpoint_of_a_third_kind_is_unknown_without_its_record(shared, pref
     folder = checkpoint_folder(tmp_path / "run", 1)
     assert type(load_model(folder)) is SharedGPT2
     record = ARCHITECTURES.pop("shared")
-    with pytest.raises(ValueError, match="describes no gpt2 and no bert"):
+    with pytest.raises(ValueError, match="'shared' is not known here.*import the module that reg"):
         load_model(folder)
     ARCHITECTURES["shared"] = record
 
@@ -210,6 +211,59 @@ def test_a_name_or_a_configuration_that_is_taken_is_refused():
     assert list(ARCHITECTURES) == ["gpt2", "bert"]
     with pytest.raises(TypeError, match="architecture='gpt2': must be a Architecture"):
         register("gpt2")
+
+
+def test_a_record_made_again_takes_the_place_of_the_first(shared):
+    "As a cell of a notebook does that is run twice."
+    again = type("SharedConfig", (SharedConfig,), {"__module__": SharedConfig.__module__})
+    assert again.__qualname__ == SharedConfig.__qualname__
+    register(replace(SHARED, config=again))
+    assert list(ARCHITECTURES) == ["gpt2", "bert", "shared"]
+    assert ARCHITECTURES["shared"].config is again
+    register(SHARED)
+    assert architecture_of(shared) is SHARED
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"config": PRESETS["tiny"]}, TypeError, "must be a subclass of ModelConfig; pass the cl"),
+        ({"config": dict}, TypeError, "must be a subclass of ModelConfig"),
+        ({"samples": "nope"}, ValueError, "samples='nope' is no import path; write .module:name."),
+        ({"reference": SharedConfig}, ValueError, "reference=<class .* is no import path"),
+    ],
+)
+def test_a_record_of_wrong_parts_is_refused(change, error, words):
+    with pytest.raises(error, match=f"architecture 'shared': .*{words}"):
+        register(replace(SHARED, **change))
+    assert list(ARCHITECTURES) == ["gpt2", "bert"]
+
+
+MINE = """
+from dataclasses import dataclass, replace
+from megatron_edu.config import GPT2Config
+from megatron_edu.models.architecture import ARCHITECTURES, register
+
+@dataclass(frozen=True)
+class MyConfig(GPT2Config):
+    "A kind of its own."
+
+register(replace(ARCHITECTURES["gpt2"], name="mine", config=MyConfig, exchange=None, lesson=None))
+"""
+
+
+def test_ranks_compare_a_kind_that_a_module_of_the_users_registers(tmp_path, monkeypatch):
+    "They import the module of its configuration."
+    (tmp_path / "my_kind.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = importlib.import_module("my_kind").MyConfig(**asdict(config()))
+    try:
+        folder = save_checkpoint(tmp_path / "run", 0, build_model(own))
+        ids, labels, _ = batch(own)
+        rows = compare_splits(folder, {"input_ids": ids, "labels": labels}, (2,))
+    finally:
+        del ARCHITECTURES["mine"], sys.modules["my_kind"]
+    assert [row.tp for row in rows] == [2] and rows[0].report.passed
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():

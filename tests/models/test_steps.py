@@ -7,17 +7,17 @@ from bert_cases import batch as bert_batch
 from bert_cases import config as bert_config
 from gpt2_cases import batch, config
 
-from megatron_edu.config import GPT2Config
 from megatron_edu.definitions import visible
 from megatron_edu.mesh import ParallelDims
-from megatron_edu.models import GPT2, Bert
+from megatron_edu.models import GPT2, build_model
 
-MODELS = {"gpt2": config(num_layers=3), **{kind: bert_config(layer_norm=kind) for kind in KINDS}}
+MODELS = {"gpt2": config(num_layers=3)}
+MODELS |= {kind: bert_config(layer_norm=kind) for kind in KINDS}
 
 
 def built(kind, tp=1):
     own = MODELS[kind]
-    model = (GPT2 if isinstance(own, GPT2Config) else Bert)(own, ParallelDims(tp=tp).build().tp_group)
+    model = build_model(own, ParallelDims(tp=tp).build().tp_group)
     torch.manual_seed(3)
     if tp == 1:         # unlike any initial weights
         for parameter in model.parameters():
@@ -34,7 +34,8 @@ def in_pieces(model, cut):
         x = model.embed(input_ids)
     else:
         data = bert_batch(model.config)
-        x, mask = model.embed(data["input_ids"], data["token_types"]), visible(data["attention_mask"])
+        x = model.embed(data["input_ids"], data["token_types"])
+        mask = visible(data["attention_mask"])
         end = data["labels"], None, data["sentence_order"]
     for part in parts:
         x = model.run(x, mask, part)

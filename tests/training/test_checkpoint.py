@@ -294,7 +294,7 @@ DAMAGE = {
     ),
     "kind": (
         lambda f: (f / "config.json").write_text('{"architecture": "t5", "model": {}}'),
-        "describes no gpt2 and no bert .KeyError.'t5'",
+        "architecture 't5' is not known here, only gpt2, bert; import the module that registers",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "name a folder step-NNNNNNNN of a run"),
 }
