@@ -1232,7 +1232,7 @@ def test_the_other_models_tokens_are_refused(corpus, sentences, tmp_path, capsys
     assert "token id" in text and "outside the vocabulary" in text
     lone = prepare_documents(["The cat sat on the mat."] * 9, tmp_path, load_wordpiece(sentences))
     text = refusal(capsys, "train", *SMALL_BERT, *rest, lone.prefix)
-    assert "none of the documents" in text and "has two sentences" in text
+    assert "none of " in text and "documents has two sentences" in text
     assert "write the file with megatron-edu prepare --model bert, or add text" in text
     assert not (tmp_path / "run").exists()
 

@@ -21,6 +21,7 @@ from megatron_edu.demo.bert import (
 from megatron_edu.generate import fill_mask, likeliest
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models.bert import Bert
+from megatron_edu.data.gpt2 import split_documents
 from megatron_edu.data.prepare import prepare_documents
 from megatron_edu.training.checkpoint import checkpoint_folder, load_model, save_checkpoint
 from megatron_edu.training.journal import read_metrics
@@ -226,7 +227,8 @@ def test_the_whole_of_it(tmp_path, capsys, monkeypatch):
     plan = megatron_edu.demo.gpt2.demo_plan
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     held_out = TEXT[0].replace("moon", "mat").replace("on the mat", "on the moon")
-    corpus = [*TEXT * 6, *TEXT[:2], held_out]
+    corpus = [*TEXT * 7]
+    corpus[split_documents(len(corpus), (0.97, 0.03))[1][0]] = held_out
     monkeypatch.setattr(megatron_edu.demo.gpt2, "embedded_corpus", lambda: iter(corpus))
     monkeypatch.setattr(
         "megatron_edu.demo.bert.demo_plan", lambda c: replace(plan(c), model=model)
