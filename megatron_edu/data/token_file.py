@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAGIC', 'VERSION', 'DTYPES', 'FLOATS', 'OLDER_MAGIC', 'HEADER', 'BLOCK', 'bin_path', 'idx_path', 'expect_bytes',
-           'existing', 'read_header', 'count_tokens', 'check_modes', 'mapped', 'TokenIndex', 'check_ids', 'TokenFile']
+           'existing', 'read_header', 'count_tokens', 'check_modes', 'mapped', 'TokenIndex', 'check_token_ids',
+           'TokenFile']
 
 # %% ../../nbs/5_data/03_token_file.ipynb #cfe9e7e8
 import struct
@@ -162,7 +163,7 @@ class TokenIndex:
         return self.sequence_starts[self.document_offsets]
 
 # %% ../../nbs/5_data/03_token_file.ipynb #72f0bd1a
-def check_ids(
+def check_token_ids(
     ids: np.ndarray,
     size: int,          # ids run from 0 to size - 1
     what: str,          # what holds the ids, for the message
@@ -220,5 +221,5 @@ class TokenFile(TokenIndex):
             return
         for start in range(0, self.num_tokens, BLOCK):
             block = self._tokens[start : start + BLOCK]
-            check_ids(block, vocab_size, f"{bin_path(self.prefix)}, from token {start}")
+            check_token_ids(block, vocab_size, f"{bin_path(self.prefix)}, from token {start}")
         self.known_vocab = vocab_size
