@@ -397,8 +397,9 @@ def test_ids_are_checked_over_the_whole_file(tmp_path, monkeypatch):
 
 def test_ids_are_looked_at_once(tmp_path, monkeypatch):
     "What is known stays, in other processes too; a smaller vocabulary is another question."
-    looked, real = [], token_file.check_ids
-    monkeypatch.setattr(token_file, "check_ids", lambda *args: looked.append(1) or real(*args))
+    looked, real = [], token_file.check_token_ids
+    spy = lambda *args: looked.append(1) or real(*args)  # noqa: E731
+    monkeypatch.setattr(token_file, "check_token_ids", spy)
     write(tmp_path / "x", [[1] * 9, [99]], 100)
     file = TokenFile(tmp_path / "x")
     looked.clear()
