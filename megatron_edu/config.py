@@ -156,7 +156,7 @@ PRESETS: dict[str, ModelConfig] = {
     "gpt2-8.3b": _gpt2(72, 3072, 32),
     "gpt2-8.3b-24-heads": _gpt2(72, 3072, 24),
     "bert-tiny": BertConfig(2, 64, 4, vocab_size=512, max_seq_len=64, vocab_multiple=128),
-    "bert-laptop": BertConfig(
+    "bert-laptop": BertConfig(      # init_std: 0.02 at h = 1024, times the root of 1024 / 128
         4, 128, 4, vocab_size=4096, max_seq_len=64, dropout=0.0, init_std=0.06
     ),
     "bert-336m": _bert(24, 1024, 16),

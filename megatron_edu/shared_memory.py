@@ -24,7 +24,7 @@ import torch.distributed as dist
 from .watch import doing
 
 # %% ../nbs/1_ranks/02_shared_memory.ipynb #3dfda09c
-SPIN_SECONDS = 0.005      # seconds to wait awake
+SPIN_SECONDS = 0.005    # to wait awake: longer than a layer's exchange of a small model takes
 
 
 def wait_until(
@@ -44,7 +44,7 @@ def wait_until(
     return True
 
 # %% ../nbs/1_ranks/02_shared_memory.ipynb #4a1be225
-_LARGEST_BYTES = 1 << 25      # bytes of a tensor that goes this way
+_LARGEST_BYTES = 1 << 25    # of a tensor that goes this way: two ranks hold four times as much
 
 
 def _home() -> tuple[str, str] | None:

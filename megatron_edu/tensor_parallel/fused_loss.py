@@ -14,7 +14,7 @@ from .cross_entropy import check_targets, hide_padding, own_columns
 from .mappings import Region
 
 # %% ../../nbs/3_layers/06_fused_loss.ipynb #c60b7b2d
-CHUNK = 512     # rows of logits that exist at one time
+CHUNK = 512     # rows of logits that exist at one time: 105 MB for the paper's 51,200 tokens
 
 
 def _own_softmax(logits, targets, group, vocab_size):
