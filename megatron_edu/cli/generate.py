@@ -15,6 +15,7 @@ from ..checks import check_whole
 from .checks import check_split, run_tokenizer
 from .options import GenerateArguments
 from .paint import silent
+from ..comm import all_reduce
 from ..data.round_trip import encode_prompt
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..generate import check_next_token, generate, ids_without_token
@@ -130,6 +131,7 @@ def generate_on_rank(
     ids = torch.tensor([prompt], device=device)
     banned = ids_without_token(tokenizer, model.config.vocab_size)
     options = {"banned": banned.to(device)}
+    all_reduce(torch.zeros(1, device=device), groups.tp_group)  # all have their weights: now speak
     if groups.tp_rank:
         generate(model, ids, num_tokens, sampling, stop_id, **options)
         return

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from gpt2_cases import config
+from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
 from megatron_edu import cli
@@ -902,6 +903,20 @@ def test_without_a_prompt_a_new_document_begins(run, capsys):
 def test_generate_on_two_ranks_writes_the_same(run, capfd):
     texts = [written(capfd, run, "--tokens", 10, "--tp", tp) for tp in (1, 2)]
     assert texts[0] == texts[1]
+
+
+def test_nothing_is_written_if_one_rank_cannot_read_its_weights(run, tmp_path, capfd):
+    "The number that is none lies in the slice of the second rank alone."
+    shutil.copytree(run, tmp_path / "run")
+    path = latest_checkpoint(tmp_path / "run") / "model.safetensors"
+    weights = load_file(path)
+    weights["wte.weight"][-1] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", str(tmp_path / "run"), "--tp", "2", "--prompt", "The"])
+    out, said = capfd.readouterr()
+    assert end.value.code == 2 and out == ""
+    assert "wte.weight is not finite everywhere; use another checkpoint" in said
 
 
 @pytest.fixture(scope="module")
