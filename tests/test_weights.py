@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -70,16 +71,13 @@ def test_another_padding_of_the_vocabulary():
 
 @pytest.mark.parametrize("rule", [None, Shard(0), Shard(0, 3), Shard(1)])
 @pytest.mark.parametrize("piece", [1, 7, 2**20])
-def test_a_slice_is_read_in_pieces(cpu_ranks, monkeypatch, rule, piece):
+def test_a_slice_is_read_in_pieces(cpu_ranks, rule, piece):
     full = torch.randn(24, 8)
     for own, want in cpu_ranks(2)(slice_of, full, rule, piece):
         assert torch.equal(own, want)
 
 
 def slice_of(full, rule, piece):
-    import megatron_edu.tensor_parallel.shard as module
-
-    module.PIECE, kept = piece, module.PIECE
     group = ParallelDims(tp=2).build().tp_group
     place = Placement(rule, group if rule else None)
     own, asked = torch.empty_like(place.cut(full)), []
@@ -89,8 +87,8 @@ def slice_of(full, rule, piece):
         assert shape == (24, 8)
         return full[wanted.start : wanted.stop]
 
-    fill_slice(own, "any", place, read)
-    module.PIECE = kept
+    with mock.patch("megatron_edu.tensor_parallel.shard.PIECE", piece):
+        fill_slice(own, "any", place, read)
     assert max(asked) <= max(8, piece)
     return own, place.cut(full)
 
@@ -162,7 +160,7 @@ def test_without_a_seed_nothing_is_drawn(kind):
     assert [place.rule for place in placements(model).values()].count(None) > 0
 
 
-def test_a_seed_that_is_none(cpu_ranks):
+def test_a_seed_that_is_none():
     for wrong in (-1, 2**64):
         with pytest.raises(ValueError, match="seed"):
             GPT2(CONFIG, seed=wrong)

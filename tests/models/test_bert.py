@@ -127,7 +127,7 @@ def test_low_precision(ranks, device, tp, layer_norm, dtype, atol):
 def test_bf16_autocast_errs_no_more_than_the_reference(ranks, device, tp):
     data = batch(config())
     for ours, theirs in ranks(tp)(autocast_errors, tp, device, pair, config(), data):
-        assert 0 < ours[0] < 1e-2 and 0 < ours[1] < 2e-2
+        assert 0 < ours[0] < 2**-9 and 0 < ours[1] < 2e-2      # of the loss, as in GPT-2's test
         assert ours[1] < 2 * theirs[1]
 
 
