@@ -101,12 +101,11 @@ def register(architecture: Architecture) -> None:
     """
     check_parts(architecture)
     config = architecture.config
-    for known in [*ARCHITECTURES.values()]:
-        taken = known.name == architecture.name, known.config is config
-        same = (known.config.__module__, known.config.__qualname__)
-        if taken[0] and same == (config.__module__, config.__qualname__):
-            del ARCHITECTURES[known.name]
-        elif any(taken):
+    path = config.__module__, config.__qualname__
+    for known in ARCHITECTURES.values():
+        named = known.name == architecture.name
+        again = named and (known.config.__module__, known.config.__qualname__) == path
+        if not again and (named or known.config is config):
             raise ValueError(
                 f"architecture {architecture.name!r} of {config.__name__}: "
                 f"{known.name!r} of {known.config.__name__} is registered; give the new kind a "
