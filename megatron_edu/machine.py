@@ -102,8 +102,8 @@ _LARGEST = 2**25        # bytes of a block of the heap: the most that glibc allo
 def keep_freed_memory() -> None:
     """Let this process keep memory that it frees, for its next step. Without glibc: no change.
 
-    A step of two ranks with the benchmark's small GPT-2, batch 1, asked the system for 2,500 pages
-    before and for 1 after; it took 2 to 4 % less time. The peak of memory stayed the same.
+    With the benchmark's small GPT-2, batch 1, a rank of two asked the system for 2,500 pages a step
+    before and for 1 after; a step took 2 to 4 % less time. The peak of memory grew by 2 % at most.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
