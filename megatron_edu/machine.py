@@ -103,7 +103,7 @@ def keep_freed_memory() -> None:
     """Let this process keep memory that it frees, for its next step. Without glibc: no change.
 
     With the benchmark's small GPT-2, batch 1, a rank of two asked the system for 2,500 pages a step
-    before and for 1 after; a step took 2 to 4 % less time. The peak of memory grew by 2 % at most.
+    before and for 1 after; a step took 2 to 4 % less time. The peak of memory grew by 0 to 5 %.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
