@@ -1,4 +1,4 @@
-"""The course as a reader meets it: order, needs, titles, letters, links, routes, and what it exports."""
+"""The course as a reader meets it: order, needs, titles, letters, links, routes, exports."""
 
 import ast
 import importlib
@@ -119,7 +119,8 @@ def bound(node):
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return [node.name]
     if isinstance(node, ast.Assign):
-        return [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        parts = [part for target in node.targets for part in ast.walk(target)]
+        return [part.id for part in parts if isinstance(part, ast.Name)]
     if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         return [node.target.id]
     return []
@@ -242,7 +243,8 @@ def test_what_a_title_names_is_in_the_lesson(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.relative_to(NBS).as_posix())
 def test_links_lead_somewhere(path):
-    assert [l for l in LINK.findall(markdown(path)) if not (path.parent / l).exists()] == []
+    links = LINK.findall(markdown(path))
+    assert [link for link in links if not (path.parent / link).exists()] == []
 
 
 def letters():
