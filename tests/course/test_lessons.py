@@ -21,12 +21,12 @@ BOX = re.compile(r"> \*\*In place of lesson (\d\d)\.\*\* (.*)", re.S)
 EVENING_LESSONS, EVENING_WORDS = 9, 10_000
 
 # What sends activations, gradients, parameters or losses: functions of `comm` and of
-# torch.distributed, and the methods of a region that start one.
+# torch.distributed, methods of a region that start one, and `_write`, the entry in the ledger.
 COLLECTIVES = {
     "all_reduce", "all_reduce_start", "all_gather", "all_gather_start", "reduce_scatter",
     "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast_object_list",
     "copy_to_tp", "reduce_from_tp", "scatter_to_tp", "gather_from_tp", "enter_backward",
-    "leave_forward", "isend", "irecv", "batch_isend_irecv",
+    "leave_forward", "isend", "irecv", "batch_isend_irecv", "_write",
 }
 
 # Definitions on pages that call a collective all the same, and why a lesson need not show them.
