@@ -37,6 +37,7 @@ ON_PAGES = {
     "generate.generate": "collects the next token",
     "generate.likeliest": "collects the likeliest tokens",
     "shared_memory._meet": "agrees on a piece of memory",
+    "training.checkpoint._from_writer": "hands over whether the writer could write",
     "tensor_parallel.shard._gather": "collects a parameter for whoever saves it",
     "testing._spread": "collects how far the ranks are apart",
 }
