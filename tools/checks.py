@@ -26,7 +26,7 @@ LINTED = [LIBRARY, "tests", "tools", "setup.py"]
 COLUMNS = 100
 QUICK = ["tests/test_floors.py", "tests/test_config.py", "tests/course/test_lessons.py",
          "tests/tensor_parallel"]
-KERNELS = min(2, os.cpu_count() or 1)     # notebooks that run at a time
+WORKERS = min(2, os.cpu_count() or 1)     # notebooks, or files of tests, that run at a time
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def front_page() -> list[str]:
 
 def lessons() -> list[str]:
     "every lesson and page runs from top to bottom in a Jupyter kernel of its own"
-    with ThreadPoolExecutor(KERNELS) as pool:
+    with ThreadPoolExecutor(WORKERS) as pool:
         return [problem for problem in pool.map(execute, notebooks(ROOT)) if problem]
 
 
@@ -171,8 +171,8 @@ def pytest(*arguments: str) -> list[str]:
 
 
 def tests() -> list[str]:
-    "pytest"
-    return pytest()
+    "pytest, two files at a time"
+    return pytest("-n", str(WORKERS), "--dist", "loadfile")
 
 
 def quick_tests() -> list[str]:

@@ -45,8 +45,8 @@ def listing() -> str:
     groups: dict[str, list[str]] = {}
     for kind, mutants in mistakes():
         for name, mutant in mutants.items():
-            lesson, section = mutant.lesson
-            title = f"{kind.title}: {lesson}; paper: {section}"
+            chapter, section = mutant.lesson
+            title = f"{kind.title}: {chapter}; paper: {section}"
             groups.setdefault(title, []).append(f"  {name:32}{mutant.mistake}")
     parts = ["\n".join([title, *lines]) for title, lines in groups.items()]
     return "\n\n".join([*parts, "Make one of them: megatron-edu break NAME"])
@@ -125,8 +125,8 @@ def break_and_tell(mutant: Mutant) -> bool:
         )
     print(table([right, wrong]))
     print(f"\n{summary(right, wrong)}")
-    lesson, section = mutant.lesson
-    print(f"lesson   {lesson}; paper: {section}")
+    chapter, section = mutant.lesson
+    print(f"lesson   {chapter}; paper: {section}")
     return not right.red and bool(wrong.red)
 
 
