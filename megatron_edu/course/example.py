@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['X', 'A', 'B', 'LOSS', 'dX', 'dA', 'dB']
 
-# %% ../../nbs/library/course/00_example.ipynb #328fb0ae
+# %% ../../nbs/library/course/00_example.ipynb #f306529e
 import torch
 
 
@@ -14,10 +14,10 @@ def _numbers(*rows: list[int]) -> torch.Tensor:
 
 
 X = _numbers([1, 2], [3, 4])                            # (tokens, h)
-A = _numbers([1, 0, 2, 3], [0, 1, 1, -1])               # (h, ffn)
+A = _numbers([2, 0, 1, 3], [1, 1, 0, -1])               # (h, ffn)
 B = _numbers([1, 1], [0, 1], [1, 2], [2, 0])            # (ffn, h)
 
-LOSS = 68.0                                             # the sum of all elements of X A B
-dX = _numbers([14, 2], [14, 2])                         # its gradients
+LOSS = 58.0                                             # the sum of all elements of X A B
+dX = _numbers([13, 1], [13, 1])                         # its gradients
 dA = _numbers([8, 4, 12, 8], [12, 6, 18, 12])
-dB = _numbers([4, 4], [6, 6], [14, 14], [6, 6])
+dB = _numbers([14, 14], [6, 6], [4, 4], [6, 6])
