@@ -27,19 +27,19 @@ from ..tensor_parallel.shard import gather_state_dict, shard_state_dict
 from ..testing import CHECKS, Report, compare_with_reference
 
 # %% ../../nbs/library/course/00_mutants.ipynb #bc9ce736
-LESSONS = {     # target, or beginning of its path -> chapter that derives it, where in the paper
-    "tensor_parallel.linear": ("nbs/3_layers/03_linear.ipynb", "section 3, figure 3"),
-    "tensor_parallel.shard": ("nbs/3_layers/01_shard.ipynb", "section 3"),
-    "tensor_parallel.embedding": ("nbs/3_layers/04_embedding.ipynb", "section 3"),
-    "tensor_parallel.fused_loss": ("nbs/3_layers/06_fused_loss.ipynb", "section 3"),
-    "tensor_parallel.random": ("nbs/3_layers/07_random.ipynb", "appendix B"),
-    "tensor_parallel.norm": ("nbs/3_layers/08_norm.ipynb", "section 4.2"),
-    "models.attention": ("nbs/4_models/02_attention.ipynb", "section 3, figure 3"),
-    "models.attention.sharded_randomness": ("nbs/3_layers/07_random.ipynb", "appendix B"),
-    "models.gpt2": ("nbs/4_models/04_gpt2.ipynb", "sections 3 and 4.2"),
-    "models.gpt2.shard_state_dict": ("nbs/3_layers/01_shard.ipynb", "section 3"),
-    "models.bert": ("nbs/4_models/05_bert.ipynb", "sections 3 and 4.2, figure 7"),
-    "training.data_parallel": ("nbs/6_training/03_data_parallel.ipynb", "appendix B"),
+LESSONS = {     # target, or beginning of its path -> lesson that derives it, where in the paper
+    "tensor_parallel.linear": ("nbs/course/1_one_layer/06_linears.ipynb", "section 3, figure 3"),
+    "tensor_parallel.shard": ("nbs/course/1_one_layer/04_matmul.ipynb", "section 3"),
+    "tensor_parallel.embedding": ("nbs/course/2_gpt2/12_vocabulary.ipynb", "section 3"),
+    "tensor_parallel.fused_loss": ("nbs/course/2_gpt2/13_fused_loss.ipynb", "section 3"),
+    "tensor_parallel.random": ("nbs/course/2_gpt2/09_random_streams.ipynb", "appendix B"),
+    "tensor_parallel.norm": ("nbs/course/1_one_layer/07_checker.ipynb", "section 4.2"),
+    "models.attention": ("nbs/course/2_gpt2/10_attention.ipynb", "section 3, figure 3"),
+    "models.attention.sharded_randomness": ("nbs/course/2_gpt2/09_random_streams.ipynb", "appendix B"),
+    "models.gpt2": ("nbs/course/2_gpt2/14_gpt2.ipynb", "sections 3 and 4.2"),
+    "models.gpt2.shard_state_dict": ("nbs/course/1_one_layer/04_matmul.ipynb", "section 3"),
+    "models.bert": ("nbs/course/3_bert/16_bert.ipynb", "sections 3 and 4.2, figure 7"),
+    "training.data_parallel": ("nbs/course/4_training/20_replicas.ipynb", "appendix B"),
 }
 
 
@@ -56,7 +56,7 @@ class Mutant:
     changes: dict = field(default_factory=dict)     # of the configuration that it takes to see it
 
     @property
-    def lesson(self) -> tuple[str, str]:        # chapter, by its path from the root; of the paper
+    def lesson(self) -> tuple[str, str]:        # its path from the root; place in the paper
         "Where what it breaks is derived: of the target, or of the module that it lives in."
         parts = self.target.split(".")
         paths = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
