@@ -118,13 +118,6 @@ def tied_output_half_missing(real, x, weight, *targets, **options):
 def logits_by_the_embedding(real, model):
     return model.wte.weight
 
-
-@_mutant("models.gpt2.GPT2.__init__",
-         "gradient of the positions added up over ranks", "replicated gradients are complete")
-def position_gradient_summed(real, model, config, group=None, **options):
-    real(model, config, group, **options)
-    model.wpe.weight.register_hook(lambda grad: all_reduce(grad, group))
-
 # %% ../../nbs/library/course/00_mutants_gpt2.ipynb #4c21cfe0
 def _exchanged(real, x, group, change):
     "The exchange of the loss with a mistake: own and gathered numbers, (2, n) and (t, 2, n)."
@@ -254,3 +247,11 @@ def averaged_over_the_world(real, wrapper, module, group):
          "replicas: mean of means", "mean over the tokens of the global batch", dp=2)
 def mean_of_means(real, wrapper, *batch, num_tokens, **rows):
     return real(wrapper, *batch, **rows)
+
+
+# %% ../../nbs/course/2_gpt2/15_mistakes.ipynb #5e3ab08f
+@_mutant("models.gpt2.GPT2.__init__",
+         "gradient of the positions added up over ranks", "replicated gradients are complete")
+def position_gradient_summed(real, model, config, group=None, **options):
+    real(model, config, group, **options)
+    model.wpe.weight.register_hook(lambda grad: all_reduce(grad, group))
