@@ -157,3 +157,31 @@ def one_divisor(real, model, *batch, num_tokens=None, **rows):
          "means: over the replica's own masked tokens", "mean over the global batch", dp=2)
 def own_masked_tokens(real, model, *batch, num_tokens=None, **rows):
     return real(model, *batch, **rows)
+
+
+# %% ../../nbs/course/3_bert/18_mistakes_in_bert.ipynb #8d964416
+@_mutant("models.bert.Bert.__init__",
+         "segments: added before the sum over ranks", "what all ranks have is added once")
+def types_added_on_every_rank(real, model, config, group=None, **options):
+    real(model, config, group, **options)
+    model.token_types.register_forward_hook(lambda table, ids, rows: reduce_from_tp(rows, group))
+
+# %% ../../nbs/course/3_bert/18_mistakes_in_bert.ipynb #a27a78ce
+@_mutant("models.bert.Bert.__init__",
+         "token bias: gradient summed over ranks", "the bias is split as the vocabulary is")
+def token_bias_summed(real, model, config, group=None, **options):
+    real(model, config, group, **options)
+    model.mlm.bias.register_hook(lambda grad: all_reduce(grad, group))
+
+# %% ../../nbs/course/3_bert/18_mistakes_in_bert.ipynb #1a50294f
+@_mutant("models.bert.Bert.__init__",
+         "token head: gradient of the dense layer summed", "replicated gradients are complete")
+def token_head_summed(real, model, config, group=None, **options):
+    real(model, config, group, **options)
+    model.mlm.dense.weight.register_hook(lambda grad: all_reduce(grad, group))
+
+# %% ../../nbs/course/3_bert/18_mistakes_in_bert.ipynb #2331cc36
+@_mutant("models.bert.Bert.order_logits",
+         "order: loss counted on every rank", "a loss that all ranks hold is one loss")
+def order_counted_on_every_rank(real, model, x):
+    return real(model, copy_to_tp(x, model.group))
