@@ -126,7 +126,7 @@ def token_table_half_missing(real, x, weight, *targets, **options):
 
 
 @_mutant("models.gpt2.initial_rows",
-         "heads: drawn with a seed of each rank's own", "4.2: weights do not depend on the split")
+         "heads: drawn with a seed of each rank's own", "weights do not depend on the split")
 def heads_drawn_per_rank(real, name, shape, rows, config, seed):
     head = name.startswith(("pooler", "sop", "mlm.dense"))
     return real(name, shape, rows, config, seed + dist.get_rank() * head)

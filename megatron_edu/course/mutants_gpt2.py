@@ -49,7 +49,7 @@ def g_reduces_backward(real, x, weight, region):
 
 
 @_mutant("tensor_parallel.linear.RowParallelLinear.forward",
-         "row bias added before the reduction", "section 3: a replicated bias is added once")
+         "row bias added before the reduction", "a replicated bias is added once")
 def row_bias_everywhere(real, layer, x):
     return layer.region.leave(F.linear(x, layer.weight, layer.bias))
 
@@ -75,7 +75,7 @@ def qkv_joined_by_rank(real, rule, parts):
 
 
 @_mutant("models.gpt2.initial_rows",
-         "every rank draws with a seed of its own", "4.2: weights do not depend on the split")
+         "every rank draws with a seed of its own", "weights do not depend on the split")
 def weights_drawn_per_rank(real, name, shape, rows, config, seed):
     return real(name, shape, rows, config, seed + dist.get_rank())
 
@@ -127,7 +127,7 @@ def _exchanged(real, x, group, change):
 
 
 @_mutant("tensor_parallel.fused_loss.all_gather_start",
-         "softmax over own columns: sum of the others missing", "section 3: a sum over all ranks")
+         "softmax over own columns: sum of the others missing", "the softmax sums over all ranks")
 def sum_of_exponentials_local(real, x, group):
     def change(found, rank):
         found[:rank, 0] = found[rank + 1 :, 0] = -torch.inf
@@ -135,7 +135,7 @@ def sum_of_exponentials_local(real, x, group):
 
 
 @_mutant("tensor_parallel.fused_loss.all_gather_start",
-         "target's logit known to its rank alone", "section 3: all ranks have the loss")
+         "target's logit known to its rank alone", "all ranks have the loss")
 def target_not_exchanged(real, x, group):
     def change(found, rank):
         found[:rank, 1] = found[rank + 1 :, 1] = 0
@@ -143,7 +143,7 @@ def target_not_exchanged(real, x, group):
 
 # %% ../../nbs/library/course/00_mutants_gpt2.ipynb #e4de0f04
 @_mutant("tensor_parallel.fused_loss.own_columns",
-         "target looked up on every rank", "section 3: one rank has the target's logit")
+         "target looked up on every rank", "one rank has the target's logit")
 def target_on_every_rank(real, targets, first, columns):
     column, own = real(targets, first, columns)
     return column, torch.ones_like(own)
@@ -156,7 +156,7 @@ def padding_not_hidden(real, logits, *place, **options):
 
 
 @_mutant("tensor_parallel.fused_loss.Region",
-         "output layer: f left out", "section 3: f before the output layer")
+         "output layer: f left out", "f before the output layer")
 def no_f_in_loss(real, group):
     return real(None)
 
