@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CGROUPS', 'OWN_GROUPS', 'group_folders', 'read_numbers', 'cpu_count', 'system_memory', 'available_memory',
-           'reclaimable', 'keep_freed_memory', 'under_torchrun', 'is_first_rank', 'in_bytes']
+           'reclaimable', 'keep_freed_memory', 'under_torchrun', 'in_bytes']
 
 # %% ../nbs/library/00_machine.ipynb #a34facf9
 import ctypes
@@ -115,11 +115,6 @@ def keep_freed_memory() -> None:
 def under_torchrun() -> bool:
     "Whether a launcher started this process as one rank of many."
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
-def is_first_rank() -> bool:
-    "Whether this process is the first of those that a launcher started, or alone."
-    return not under_torchrun() or os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/library/00_machine.ipynb #a94c24a6
 def in_bytes(
