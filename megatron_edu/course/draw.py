@@ -17,7 +17,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.textpath import TextPath
 
-from .flow import Event, Flow, note, same_on_all, trace
+from .flow import Event, Flow, alike, note, same_on_all, trace
 
 # %% ../../nbs/library/course/00_draw.ipynb #5ea1d714
 RANK_COLORS = [
@@ -89,7 +89,7 @@ def rank_legend(ax: Axes, size: int, everywhere: bool = False) -> None:
     names = [name for name, _ in labels]
     ax.legend(handles, names, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
 
-# %% ../../nbs/library/course/00_draw.ipynb #5def4838
+# %% ../../nbs/library/course/00_draw.ipynb #100aa40b
 _all_ = ["note", "trace"]
 
 @dataclass(eq=False)
@@ -103,13 +103,24 @@ class _Column:
     width: float = 0.28
 
 
-def _columns(events: list[Event]) -> list[_Column]:
+def _repeats(flow: Flow, i: int) -> bool:
+    "Whether what goes into a collective is the tensor, or gradient, that was made before."
+    event = flow.events[i]
+    before = [e for e in flow.events[:i] if (e.phase, e.kind) == (event.phase, "tensor")]
+    return bool(before) and alike(before[-1], event)
+
+
+def _columns(flows: list[Flow]) -> list[_Column]:
     "Columns from left to right. What only the backward pass has stands where it happens."
     columns: list[_Column] = []
     latest = None                       # column of the gradient before
-    for i, event in enumerate(events):
+    with_weight = {e.step for e in flows[0].events}
+    for i, event in enumerate(flows[0].events):
         if event.kind == "weight":
             continue
+        if event.kind == "operand" and event.number not in with_weight:
+            if all(_repeats(flow, i) for flow in flows):
+                continue
         same = [c for c in columns if (c.kind, c.number) == (event.kind, event.number)]
         column = next((c for c in same if event.phase not in c.at), None)
         if column is None:
@@ -133,7 +144,7 @@ def _operator(column: _Column, events: list[Event]) -> str:
         return ""
     return "g" if steps[0].phase == "forward" else "f"
 
-# %% ../../nbs/library/course/00_draw.ipynb #04777193
+# %% ../../nbs/library/course/00_draw.ipynb #210970a1
 _BOX, _WEIGHT, _GAP = 0.4, 0.18, 0.14   # inches: height of boxes, gap between columns
 _WIDEST = 11.0                          # inches: what is wider is drawn smaller
 _INK, _SIGNAL = "#333333", "#ffdf80"    # lines and letters; collectives
@@ -156,7 +167,7 @@ class _Picture:
 
     def __init__(self, flows: list[Flow]):
         self.flows, self.events = flows, flows[0].events
-        self.columns = _columns(self.events)
+        self.columns = _columns(flows)
         self.below: dict[tuple, list[int]] = {}     # weights, by pass, kind and number of a column
         for i, e in enumerate(self.events):
             if e.kind == "weight":
@@ -301,7 +312,7 @@ class _Picture:
             if column.kind == "collective" and phase in column.at:
                 self.draw_collective(phase, column, lows)
 
-# %% ../../nbs/library/course/00_draw.ipynb #2f8de8b9
+# %% ../../nbs/library/course/00_draw.ipynb #322dd9ee
 def draw_flow(
     flows: list[Flow],          # of every rank, in order: what `trace` gave
     title: str = "",

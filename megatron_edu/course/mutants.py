@@ -140,25 +140,6 @@ def two_models(
     model.load_state_dict(shard_state_dict(full.state_dict(), model))
     return model.double(), full.double(), equal
 
-# %% ../../nbs/library/course/00_mutants.ipynb #03091c39
-def _under_dropout(
-    subject: Subject,
-    groups: ParallelGroups,
-    device: str,
-) -> tuple[torch.Tensor, torch.Tensor]:     # (ranks, layers, b, s, h/tp), (ranks, layers, b, s, h)
-    "What heads give and the outputs, on all ranks and in all layers; equal weights on all ranks."
-    world = dist.group.WORLD
-    model = subject.model(replace(subject.config, dropout=0.5), groups.tp_group).to(device)
-    heads, outputs = [], []
-    for block in model.blocks:
-        block.attn.proj.register_forward_pre_hook(lambda layer, x: heads.append(x[0].detach()))
-        block.register_forward_hook(lambda layer, x, y: outputs.append(y.detach()))
-    for parameter in model.parameters():
-        broadcast(parameter.data, world)
-    random.seed_replica(1, groups.dp_rank)
-    model.hidden_states(*(subject.tensors(device)[name] for name in subject.inputs))
-    return tuple(all_gather(torch.stack(each)[None], world, dim=0) for each in (heads, outputs))
-
 # %% ../../nbs/library/course/00_mutants.ipynb #589deb43
 def _masks_right(subject: Subject, groups: ParallelGroups, device: str) -> bool:
     "Whether dropout agrees in a group where activations are replicated, and nowhere else."
@@ -202,9 +183,28 @@ class Verdict:
         "Names of the checks that failed."
         return [*self.report.red, *self.others]
 
-# %% ../../nbs/library/course/00_mutants.ipynb #51f51bb6
+# %% ../../nbs/course/2_gpt2/15_mistakes.ipynb #03091c39
+def _under_dropout(
+    subject: Subject,
+    groups: "ParallelGroups",
+    device: str,
+) -> tuple[torch.Tensor, torch.Tensor]:     # (ranks, layers, b, s, h/tp), (ranks, layers, b, s, h)
+    "What heads give and the outputs, on all ranks and in all layers; equal weights on all ranks."
+    world = dist.group.WORLD
+    model = subject.model(replace(subject.config, dropout=0.5), groups.tp_group).to(device)
+    heads, outputs = [], []
+    for block in model.blocks:
+        block.attn.proj.register_forward_pre_hook(lambda layer, x: heads.append(x[0].detach()))
+        block.register_forward_hook(lambda layer, x, y: outputs.append(y.detach()))
+    for parameter in model.parameters():
+        broadcast(parameter.data, world)
+    random.seed_replica(1, groups.dp_rank)
+    model.hidden_states(*(subject.tensors(device)[name] for name in subject.inputs))
+    return tuple(all_gather(torch.stack(each)[None], world, dim=0) for each in (heads, outputs))
+
+# %% ../../nbs/course/2_gpt2/15_mistakes.ipynb #51f51bb6
 def examine(
-    groups: ParallelGroups,             # of a world of at least 2 ranks
+    groups: "ParallelGroups",            # of a world of at least 2 ranks
     wrap: Callable,                     # (model, dp_group) -> replica that averages gradients
     device: str = "cpu",
     subject: Subject = GPT2_SUBJECT,

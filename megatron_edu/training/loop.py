@@ -22,6 +22,7 @@ from ..data.token_file import TokenFile
 from ..data.prepare import read_tokenizer
 from ..data.wordpiece import WordPiece
 from ..errors import Stopped, handled
+from ..machine import keep_freed_memory
 from ..mesh import ParallelGroups
 from ..models.architecture import architecture_of, build_model
 from ..models.gpt2 import Transformer
@@ -119,6 +120,7 @@ def train(
     out, device, vocab_size = config.run.out, torch.device(device), config.model.vocab_size
     if tokenizer is not None:       # its samples look ids up in it
         vocab_size = min(vocab_size, tokenizer.vocab_size)
+    keep_freed_memory()
     with contextlib.ExitStack() as stack:
 
         def decision() -> tuple[str, Decision]:
