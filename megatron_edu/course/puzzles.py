@@ -504,7 +504,7 @@ _P = 0.25       # of being dropped
 
 
 def _masks(outputs: list) -> list[torch.Tensor]:
-    "Of one rank, for the four calls."
+    "Of one rank, call by call."
     return [(output != 0).double() for output in outputs]
 
 
@@ -524,6 +524,9 @@ def _split_dropout(p, group, dropout):
     before = dropout((4, 8, 16), p["x"], _P, group, False)
     cut = [dropout((4, 8, 16 // size), p["z"], _P, group, True) for _ in range(2)]
     after = dropout((4, 8, 16), p["x"], _P, group, False)
+    torch.manual_seed(7)
+    dropout((4, 8, 16), p["x"], _P, group, False)
+    dropout((4, 8, 16 // size), p["z"], _P, group, True)
     own = sum((y * Shard(2).split(w, rank, size)).sum() for y, w in zip(cut, weights[1:]))
     return (before * weights[0]).sum() + (after * weights[3]).sum() + reduce_from_tp(own, group)
 
@@ -543,7 +546,15 @@ def _same_where_cut(found: Found) -> bool:
 def _repeats(found: Found) -> bool:
     "Whether a mask comes a second time."
     masks = [_masks(trial.outputs) for trial in found.trials]
-    return any(torch.equal(a, d) or torch.equal(b, c) for a, b, c, d in masks)
+    return any(torch.equal(a, d) or torch.equal(b, c) for a, b, c, d, *_ in masks)
+
+
+def _not_replayed(found: Found) -> bool:
+    "Whether the stream, set back, gives other masks than before."
+    masks = [_masks(trial.outputs) for trial in found.trials]
+    return any(
+        not torch.equal(each[call], each[4 + call]) for each in masks for call in (0, 1)
+    )
 
 
 def _wrong_rate(found: Found) -> bool:
@@ -576,6 +587,12 @@ _DROPOUT_HINTS = (
         "stream_left", lambda found: not _agree(found, 3),
         "After the calls on cut activations the ranks no longer agree where x is whole. What "
         "state does a rank have to leave as the others leave theirs?",
+    ),
+    Hint(
+        "not_replayed", _not_replayed,
+        "The shared stream was set back, and other elements are dropped than before. A forward "
+        "pass that is made again needs the same masks: all that is random has to follow from the "
+        "state of that stream.",
     ),
 )
 

@@ -27,6 +27,14 @@ def fixed_seed(x, p, group, cut):
         return F.dropout(x, p)
 
 
+def from_nowhere(x, p, group, cut):
+    if not cut:
+        return F.dropout(x, p)
+    with torch.random.fork_rng(devices=[]):
+        torch.seed()
+        return F.dropout(x, p)
+
+
 def no_scale(x, p, group, cut):
     if not cut:
         return F.dropout(x, p)
@@ -45,6 +53,7 @@ WRONG = [
     ("unlike_where_whole", a_stream_each),
     ("stream_left", not_put_back),
     ("repeats", fixed_seed),
+    ("not_replayed", from_nowhere),
     ("scale", no_scale),
     ("rate", drops_nothing),
 ]
