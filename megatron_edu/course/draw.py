@@ -89,7 +89,7 @@ def rank_legend(ax: Axes, size: int, everywhere: bool = False) -> None:
     names = [name for name, _ in labels]
     ax.legend(handles, names, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
 
-# %% ../../nbs/library/course/00_draw.ipynb #100aa40b
+# %% ../../nbs/library/course/00_draw.ipynb #7adc1894
 _all_ = ["note", "trace"]
 
 @dataclass(eq=False)
@@ -100,7 +100,7 @@ class _Column:
     number: int                 # of the tensor or the step
     at: dict[str, int]          # by pass: index of the event
     left: float = 0.0           # inches
-    width: float = 0.28
+    width: float = 0.34
 
 
 def _repeats(flow: Flow, i: int) -> bool:
@@ -144,9 +144,13 @@ def _operator(column: _Column, events: list[Event]) -> str:
         return ""
     return "g" if steps[0].phase == "forward" else "f"
 
-# %% ../../nbs/library/course/00_draw.ipynb #210970a1
+# %% ../../nbs/library/course/00_draw.ipynb #8e204f42
 _BOX, _WEIGHT, _GAP = 0.4, 0.18, 0.14   # inches: height of boxes, gap between columns
 _WIDEST = 11.0                          # inches: what is wider is drawn smaller
+_CAPTION = (
+    "Grey: the same on every rank. Coloured: not the same on every rank. "
+    "Part: what a rank puts into a collective. B: bytes that each rank sends for it."
+)
 _INK, _SIGNAL = "#333333", "#ffdf80"    # lines and letters; collectives
 
 
@@ -186,7 +190,8 @@ class _Picture:
             self.columns[place[source] : place[e.number] + 1]
             for e in self.events if e.phase == "forward" for source in e.sources if e.kind == "tensor"
         ]
-        self.top = 0.26 if any(map(self.skips, self.edges)) else 0.08
+        self.levels = self.find_levels()
+        self.top = 0.18 + 0.09 * max(self.levels.values()) if self.levels else 0.08
         most = max(map(len, self.below.values()), default=0)
         self.lane = max(0.75, self.top + _BOX + most * (_WEIGHT + 0.04) + 0.14)
 
@@ -202,9 +207,17 @@ class _Picture:
                 yield max(_width(name, 8, "bold"), _width(size, 8))
             yield from (_width(_label(self.events[i], " "), 7) for i in self.stack(phase, column))
 
-    def skips(self, edge: list[_Column]) -> bool:
-        "Whether another tensor stands between the two."
-        return any(column.kind == "tensor" for column in edge[1:-1])
+    def find_levels(self) -> dict[_Column, int]:
+        "By tensor: the height of its lines over other tensors. Lines side by side share one."
+        reach: dict[_Column, float] = {}
+        for edge in self.edges:
+            if any(column.kind == "tensor" for column in edge[1:-1]):
+                reach[edge[0]] = max(reach.get(edge[0], 0), edge[-1].left)
+        levels: dict[_Column, int] = {}
+        for a in sorted(reach, key=lambda column: column.left, reverse=True):
+            taken = {levels[b] for b in levels if b.left < reach[a]}
+            levels[a] = min(set(range(1, len(reach) + 1)) - taken)
+        return levels
 
     def box(self, x, y, width, height, face, edge="#777777", z=3) -> None:
         style = f"round,pad=0,rounding_size={min(0.04, height / 2)}"
@@ -259,9 +272,9 @@ class _Picture:
     def draw_edge(self, phase: str, edge: list[_Column], y: float) -> None:
         "From a tensor to one that is made of it, or back from gradient to gradient."
         turn = -1 if phase == "backward" else 1
-        if self.skips(edge):
+        if any(column.kind == "tensor" for column in edge[1:-1]):
             if all(phase in column.at for column in (edge[0], edge[-1])):
-                low, high = y + _BOX / 2, y + _BOX / 2 + 0.13
+                low, high = y + _BOX / 2, y + _BOX / 2 + 0.04 + 0.09 * self.levels[edge[0]]
                 start = edge[0].left + 0.7 * edge[0].width
                 end = edge[-1].left + 0.3 * edge[-1].width
                 self.line([start, start, end, end][::turn], [low, high, high, low])
@@ -284,12 +297,13 @@ class _Picture:
             event = self.flows[lanes[0]].events[i]
             low, high = lows[lanes[-1]], lows[lanes[0]] + self.lane
             self.box(column.left, low, column.width, high - low, _SIGNAL, "#b8860b", 5)
-            if any(map(self.skips, self.edges)):    # write between the lines that go across
-                high -= 0.13
-                low = high - self.lane - 0.05
-            text = f"{event.name}  {event.record.wire:,.0f} B"
-            size = min(8.5, 8.5 * (high - low - 0.1) / _width(text, 8.5, "bold"))
-            self.text(middle, (low + high) / 2, text, size, rotation=90, weight="bold")
+            if self.levels:                         # write between the lines that go across
+                high -= self.top
+                low = high + 0.1 - self.lane
+            text = f"{event.name}\n{event.record.wire:,.0f} B"
+            size = min(8, 8 * (high - low) / _width(event.name, 8, "bold"))
+            more = {"rotation": 90, "weight": "bold", "linespacing": 1.1}
+            self.text(middle, (low + high) / 2, text, size, **more)
         name = _operator(column, self.events)
         self.text(middle, lows[0] + self.lane + 0.1, name, 12, style="italic", weight="bold")
 
@@ -312,7 +326,7 @@ class _Picture:
             if column.kind == "collective" and phase in column.at:
                 self.draw_collective(phase, column, lows)
 
-# %% ../../nbs/library/course/00_draw.ipynb #322dd9ee
+# %% ../../nbs/library/course/00_draw.ipynb #a54ebe6f
 def draw_flow(
     flows: list[Flow],          # of every rank, in order: what `trace` gave
     title: str = "",
@@ -332,10 +346,7 @@ def draw_flow(
             )
     picture = _Picture(flows)
     width = max(picture.width, 4.5)
-    caption = "Grey: every rank holds the same. Colour: what this rank alone holds."
-    if any(column.kind == "collective" for column in picture.columns):
-        caption += " B: bytes that each rank sends."
-    lines = textwrap.wrap(caption, int(width / 0.054))
+    lines = textwrap.wrap(_CAPTION, int(width / 0.054)) if len(flows) > 1 else []
     one = 0.32 + len(flows) * (picture.lane + 0.05)         # the height of a pass
     height = 2 * one + 0.1 + 0.22 * bool(title) + 0.14 * len(lines)
     if ax is None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Event', 'Flow', 'alike', 'same_on_all', 'note', 'innermost', 'trace']
 
-# %% ../../nbs/library/course/00_flow.ipynb #b952a74c
+# %% ../../nbs/library/course/00_flow.ipynb #8eacce48
 import inspect
 import sys
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from torch.autograd.function import FunctionCtx
 from ..comm import Ledger, Record
 from ..tensor_parallel.shard import placements
 
-# %% ../../nbs/library/course/00_flow.ipynb #9c2c5447
+# %% ../../nbs/library/course/00_flow.ipynb #e9b457f1
 @dataclass(frozen=True)
 class Event:
     "A tensor that a rank made, its gradient, or a collective, with what the rank itself held."
@@ -64,7 +64,7 @@ def same_on_all(
     first = flows[0].events[index]
     return not first.split and all(alike(first, flow.events[index]) for flow in flows)
 
-# %% ../../nbs/library/course/00_flow.ipynb #f770352d
+# %% ../../nbs/library/course/00_flow.ipynb #8418276f
 class _Records(list):
     "The records of a ledger. Each becomes an event at the moment at which it is written."
 
@@ -95,7 +95,7 @@ class _Records(list):
             frame = frame.f_back
         return -len(self)
 
-# %% ../../nbs/library/course/00_flow.ipynb #96861fae
+# %% ../../nbs/library/course/00_flow.ipynb #85cb2e62
 _MADE_BY = {"Gelu": "GeLU", "Add": "sum", "ScaledDot": "heads"}     # autograd's names, and ours
 _VIEWS = ("View", "UnsafeView", "Transpose", "Clone")               # they only rearrange
 
@@ -198,7 +198,7 @@ class _Tracer:
         order = list(self.weights)
         return tuple(sorted(sources)), sorted(weights, key=lambda pair: order.index(id(pair[0])))
 
-# %% ../../nbs/library/course/00_flow.ipynb #5e1d125d
+# %% ../../nbs/library/course/00_flow.ipynb #5d21bd93
 _open_tracers: list[_Tracer] = []   # a rank is a process: this is one rank's own list
 
 
