@@ -8,12 +8,13 @@ READY = .venv/.installed
 # Further options of JupyterLab: make LAB=--no-browser lab
 LAB =
 
-.PHONY: help demo test lab gpu export readme clean lint
+.PHONY: help demo test check lab gpu export readme clean lint
 
 help:
 	@echo "make demo     install into .venv; the checks, a mistake, then a small GPT-2 is trained"
 	@echo "              (a BERT, afterwards: .venv/bin/megatron-edu demo --model bert)"
 	@echo "make test     install into .venv, then all checks"
+	@echo "make check    install into .venv, then what a small change breaks first, in about two minutes"
 	@echo "make lab      install into .venv, then open the course in JupyterLab, on this machine alone"
 	@echo "make gpu      install into .venv, then check and time what this machine's GPUs allow"
 	@echo "make export   write megatron_edu/ from the notebooks"
@@ -45,6 +46,9 @@ demo: $(READY)
 
 test: $(READY)
 	@$(BIN)/python tools/checks.py
+
+check: $(READY)
+	@$(BIN)/python tools/checks.py library clean lint front_page quick_tests
 
 lab: $(READY)
 	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=nbs \

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CGROUPS', 'OWN_GROUPS', 'group_folders', 'read_numbers', 'cpu_count', 'system_memory', 'available_memory',
-           'reclaimable', 'under_torchrun', 'is_first_rank', 'in_bytes']
+           'reclaimable', 'keep_freed_memory', 'under_torchrun', 'in_bytes']
 
 # %% ../nbs/library/00_machine.ipynb #a34facf9
+import ctypes
 import os
 from pathlib import Path
 
@@ -92,15 +93,28 @@ def reclaimable(folder: Path) -> int:
     found = dict(line.split() for line in lines if len(line.split()) == 2)
     return int(found.get("inactive_file", found.get("total_inactive_file", 0)))
 
+# %% ../nbs/library/00_machine.ipynb #675e0cac
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3       # names of glibc's settings: its malloc.h
+_NEVER = 2**31 - 1      # bytes free at the end of the heap: as many as the setting can say
+_LARGEST = 2**25        # bytes of a block of the heap: the most that glibc allows
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep memory that it frees, for its next step. Without glibc: no change.
+
+    With the benchmark's small GPT-2, batch 1, a rank of two asked the system for 2,500 pages a step
+    before and for 1 after; a step took 2 to 4 % less time. The peak of memory grew by 0 to 5 %.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        # Both: to set one ends glibc's own adjustment of the other.
+        mallopt(_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_TRIM_THRESHOLD, _NEVER)
+
 # %% ../nbs/library/00_machine.ipynb #13d8e9b6
 def under_torchrun() -> bool:
     "Whether a launcher started this process as one rank of many."
     return "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
-
-
-def is_first_rank() -> bool:
-    "Whether this process is the first of those that a launcher started, or alone."
-    return not under_torchrun() or os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/library/00_machine.ipynb #a94c24a6
 def in_bytes(

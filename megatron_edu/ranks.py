@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 
 from .errors import RankError
-from .machine import cpu_count
+from .machine import cpu_count, keep_freed_memory
 from .watch import Board, Lookout, Noting, notice
 
 # %% ../nbs/library/00_ranks.ipynb #0c9eec4e
@@ -119,6 +119,7 @@ def _serve(rank, size, rendezvous, backend, timeout, threads, pipe, board) -> No
     threading.Thread(target=_leave_with_parent, args=(rendezvous,), daemon=True).start()
     try:
         torch.set_num_threads(threads or max(1, cpu_count() // size))
+        keep_freed_memory()
         noting = Noting(board, rank)
         join_world(rank, size, rendezvous, backend, timeout)
         noting.note("idle")

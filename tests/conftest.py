@@ -146,8 +146,17 @@ def complaints(config) -> list[str]:
     return found
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    "With `-n`: a worker ended, and hands over which cases ran on several ranks there."
+    distributed.update(getattr(node, "workeroutput", {}).get("distributed", []))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session, exitstatus):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["distributed"] = sorted(distributed)
+        return
     if exitstatus == pytest.ExitCode.OK and complaints(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -1,12 +1,15 @@
 "Cores and memory of this process: what control groups and affinity leave of the machine's."
 
 import os
+import platform
+import resource
 
 import pytest
 
 from megatron_edu import machine
 from megatron_edu.config import PRESETS
 from megatron_edu.memory import check_memory, training_bytes
+from megatron_edu.ranks import Ranks
 
 GIB = 2**30
 
@@ -97,6 +100,23 @@ def test_affinity_counts():
         assert machine.cpu_count() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+def new_pages() -> int:
+    "Pages that the system hands out while 128 MiB come and go in blocks of 16, a second time."
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [bytearray(2**24) for _ in range(8)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_a_rank_keeps_what_it_frees():
+    pages = 2**27 // resource.getpagesize()
+    with Ranks(1) as world:
+        (new,) = world(new_pages)
+    # Another system's library may do as it likes.
+    assert new < (0.1 if platform.libc_ver()[0] == "glibc" else 1.1) * pages
 
 
 @pytest.mark.parametrize(

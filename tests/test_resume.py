@@ -1005,38 +1005,21 @@ def test_the_warm_up_of_a_small_preset_follows_the_steps(options, warmup):
     assert asked.config.optimizer.warmup_steps == warmup
 
 
-def plan_of(rank, line, monkeypatch, store):
-    "What a rank of torchrun is to do."
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "rendezvous", lambda *a, **k: iter([(store, rank, 2)]))
-    return train_verb.shared_plan(parse("train", line.split()))
-
-
 @pytest.mark.parametrize(
     "line",
     [
         "--out bert-run --resume auto --steps 3",
         "--out bert-run --resume auto",     # all is done
-        f"{SHORT} --data ready --out new --resume auto --clip inf --steps 3",
+        f"{SHORT} --data ready --out new --resume auto --clip inf --steps 3 --quiet",
     ],
 )
-def test_under_torchrun_the_first_rank_plans_for_all(here, monkeypatch, line):
-    store = dist.HashStore()
-    first = plan_of(0, line, monkeypatch, store)
-    monkeypatch.setattr(train_verb, "make_plan", lambda asked: pytest.fail("planned by another"))
-    second = plan_of(1, line, monkeypatch, store)
-    plans = [plan._replace(lines=[], begins=False, tokens=None) for plan in (first, second)]
-    assert plans[0] == plans[1] and first.tokens.prefix == second.tokens.prefix
-    assert second.tokens.known_vocab == first.tokens.known_vocab is not None
-
-
-def test_under_torchrun_all_are_refused_alike(here, monkeypatch):
-    store = dist.HashStore()
-    for rank in (0, 1):
-        with pytest.raises(ValueError, match="go on with --seed 3"):
-            plan_of(rank, "--out run --resume auto --steps 3 --seed 4", monkeypatch, store)
-        monkeypatch.setattr(train_verb, "make_plan", lambda asked: pytest.fail("by another"))
+def test_a_plan_is_whole_again_after_json(here, line):
+    "All but the lines, which the first rank has said, and whether the run is new."
+    plan = train_verb.make_plan(parse("train", line.split()))
+    told = train_verb.plan_from(json.loads(json.dumps(train_verb.plan_as_json(plan))))
+    plans = [each._replace(lines=[], begins=False, tokens=None) for each in (plan, told)]
+    assert plans[0] == plans[1] and plan.tokens.prefix == told.tokens.prefix
+    assert told.tokens.known_vocab == plan.tokens.known_vocab is not None
 
 
 # Hugging Face

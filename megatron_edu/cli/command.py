@@ -13,6 +13,7 @@ import megatron_edu
 from .net import net
 from .options import VERBS
 from .parse import check_words, find_verb, parse
+from ..machine import under_torchrun
 from ..streams import hushed
 
 # %% ../../nbs/library/cli/00_command.ipynb #a12127a4
@@ -40,8 +41,25 @@ def main(args: list[str] | None = None) -> None:
 def _run(name: str, words: list[str]) -> None:
     "Do what a verb is told."
     verb = find_verb(name)
+    if verb.together and under_torchrun():
+        _run_together(name, words)
+        return
     check_words(words)
     asked = parse(name, words)      # before the verb's module, which imports PyTorch
     status = hushed(import_module(f"megatron_edu.cli.{verb.module}").run)(asked)
     if status:
         sys.exit(status)
+
+
+def _run_together(name: str, words: list[str]) -> None:
+    "Do, as a rank of torchrun, what the first of them makes of the words."
+    from megatron_edu.cli.together import first_rank_decides    # here: PyTorch
+
+    module = import_module(f"megatron_edu.cli.{VERBS[name].module}")
+
+    def decide() -> dict:
+        check_words(words)
+        return module.plan_as_json(hushed(module.decide)(parse(name, words)))
+
+    with first_rank_decides(name, decide) as told:
+        hushed(module.carry_out)(module.plan_from(told))

@@ -340,6 +340,7 @@ class Verb:
     arguments: type                 # dataclass of its options
     module: str                     # of megatron_edu.cli; its `run(arguments)` does the work
     defaults: object = None         # function of the command line; None: the class's own
+    together: bool = False          # under torchrun one rank decides: see `cli.together`
 
 
 VERBS = {
@@ -348,8 +349,8 @@ VERBS = {
     ),
     "break": Verb("make a classic mistake, and see what finds it", BreakArguments, "breaking"),
     "prepare": Verb("turn text into a token file", PrepareArguments, "prepare"),
-    "train": Verb("train a GPT-2 or a BERT on text", TrainArguments, "train", train_defaults),
-    "generate": Verb("continue a prompt", GenerateArguments, "generate", generate_defaults),
+    "train": Verb("train a GPT-2 or a BERT on text", TrainArguments, "train", train_defaults, True),
+    "generate": Verb("continue a prompt", GenerateArguments, "generate", generate_defaults, True),
     "convert": Verb("exchange weights with transformers", ConvertArguments, "convert"),
     "bench": Verb(
         "time the library against other ways to write the same step", BenchConfig, "bench"

@@ -27,19 +27,19 @@ from ..tensor_parallel.shard import gather_state_dict, shard_state_dict
 from ..testing import CHECKS, Report, compare_with_reference
 
 # %% ../../nbs/library/course/00_mutants.ipynb #bc9ce736
-LESSONS = {     # target, or beginning of its path -> chapter that derives it, where in the paper
-    "tensor_parallel.linear": ("nbs/3_layers/03_linear.ipynb", "section 3, figure 3"),
-    "tensor_parallel.shard": ("nbs/3_layers/01_shard.ipynb", "section 3"),
-    "tensor_parallel.embedding": ("nbs/3_layers/04_embedding.ipynb", "section 3"),
-    "tensor_parallel.fused_loss": ("nbs/3_layers/06_fused_loss.ipynb", "section 3"),
-    "tensor_parallel.random": ("nbs/3_layers/07_random.ipynb", "appendix B"),
-    "tensor_parallel.norm": ("nbs/3_layers/08_norm.ipynb", "section 4.2"),
-    "models.attention": ("nbs/4_models/02_attention.ipynb", "section 3, figure 3"),
-    "models.attention.sharded_randomness": ("nbs/3_layers/07_random.ipynb", "appendix B"),
-    "models.gpt2": ("nbs/4_models/04_gpt2.ipynb", "sections 3 and 4.2"),
-    "models.gpt2.shard_state_dict": ("nbs/3_layers/01_shard.ipynb", "section 3"),
-    "models.bert": ("nbs/4_models/05_bert.ipynb", "sections 3 and 4.2, figure 7"),
-    "training.data_parallel": ("nbs/6_training/03_data_parallel.ipynb", "appendix B"),
+LESSONS = {     # target, or beginning of its path -> lesson that derives it, where in the paper
+    "tensor_parallel.linear": ("nbs/course/1_one_layer/06_linears.ipynb", "section 3, figure 3"),
+    "tensor_parallel.shard": ("nbs/course/1_one_layer/04_matmul.ipynb", "section 3"),
+    "tensor_parallel.embedding": ("nbs/course/2_gpt2/12_vocabulary.ipynb", "section 3"),
+    "tensor_parallel.fused_loss": ("nbs/course/2_gpt2/13_fused_loss.ipynb", "section 3"),
+    "tensor_parallel.random": ("nbs/course/2_gpt2/09_random_streams.ipynb", "appendix B"),
+    "tensor_parallel.norm": ("nbs/course/1_one_layer/07_checker.ipynb", "section 4.2"),
+    "models.attention": ("nbs/course/2_gpt2/10_attention.ipynb", "section 3, figure 3"),
+    "models.attention.sharded_randomness": ("nbs/course/2_gpt2/09_random_streams.ipynb", "appendix B"),
+    "models.gpt2": ("nbs/course/2_gpt2/14_gpt2.ipynb", "sections 3 and 4.2"),
+    "models.gpt2.shard_state_dict": ("nbs/course/1_one_layer/04_matmul.ipynb", "section 3"),
+    "models.bert": ("nbs/course/3_bert/16_bert.ipynb", "sections 3 and 4.2, figure 7"),
+    "training.data_parallel": ("nbs/course/4_training/20_replicas.ipynb", "appendix B"),
 }
 
 
@@ -56,7 +56,7 @@ class Mutant:
     changes: dict = field(default_factory=dict)     # of the configuration that it takes to see it
 
     @property
-    def lesson(self) -> tuple[str, str]:        # chapter, by its path from the root; of the paper
+    def lesson(self) -> tuple[str, str]:        # its path from the root; place in the paper
         "Where what it breaks is derived: of the target, or of the module that it lives in."
         parts = self.target.split(".")
         paths = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
@@ -140,25 +140,6 @@ def two_models(
     model.load_state_dict(shard_state_dict(full.state_dict(), model))
     return model.double(), full.double(), equal
 
-# %% ../../nbs/library/course/00_mutants.ipynb #03091c39
-def _under_dropout(
-    subject: Subject,
-    groups: ParallelGroups,
-    device: str,
-) -> tuple[torch.Tensor, torch.Tensor]:     # (ranks, layers, b, s, h/tp), (ranks, layers, b, s, h)
-    "What heads give and the outputs, on all ranks and in all layers; equal weights on all ranks."
-    world = dist.group.WORLD
-    model = subject.model(replace(subject.config, dropout=0.5), groups.tp_group).to(device)
-    heads, outputs = [], []
-    for block in model.blocks:
-        block.attn.proj.register_forward_pre_hook(lambda layer, x: heads.append(x[0].detach()))
-        block.register_forward_hook(lambda layer, x, y: outputs.append(y.detach()))
-    for parameter in model.parameters():
-        broadcast(parameter.data, world)
-    random.seed_replica(1, groups.dp_rank)
-    model.hidden_states(*(subject.tensors(device)[name] for name in subject.inputs))
-    return tuple(all_gather(torch.stack(each)[None], world, dim=0) for each in (heads, outputs))
-
 # %% ../../nbs/library/course/00_mutants.ipynb #589deb43
 def _masks_right(subject: Subject, groups: ParallelGroups, device: str) -> bool:
     "Whether dropout agrees in a group where activations are replicated, and nowhere else."
@@ -202,9 +183,28 @@ class Verdict:
         "Names of the checks that failed."
         return [*self.report.red, *self.others]
 
-# %% ../../nbs/library/course/00_mutants.ipynb #51f51bb6
+# %% ../../nbs/course/2_gpt2/15_mistakes.ipynb #03091c39
+def _under_dropout(
+    subject: Subject,
+    groups: "ParallelGroups",
+    device: str,
+) -> tuple[torch.Tensor, torch.Tensor]:     # (ranks, layers, b, s, h/tp), (ranks, layers, b, s, h)
+    "What heads give and the outputs, on all ranks and in all layers; equal weights on all ranks."
+    world = dist.group.WORLD
+    model = subject.model(replace(subject.config, dropout=0.5), groups.tp_group).to(device)
+    heads, outputs = [], []
+    for block in model.blocks:
+        block.attn.proj.register_forward_pre_hook(lambda layer, x: heads.append(x[0].detach()))
+        block.register_forward_hook(lambda layer, x, y: outputs.append(y.detach()))
+    for parameter in model.parameters():
+        broadcast(parameter.data, world)
+    random.seed_replica(1, groups.dp_rank)
+    model.hidden_states(*(subject.tensors(device)[name] for name in subject.inputs))
+    return tuple(all_gather(torch.stack(each)[None], world, dim=0) for each in (heads, outputs))
+
+# %% ../../nbs/course/2_gpt2/15_mistakes.ipynb #51f51bb6
 def examine(
-    groups: ParallelGroups,             # of a world of at least 2 ranks
+    groups: "ParallelGroups",            # of a world of at least 2 ranks
     wrap: Callable,                     # (model, dp_group) -> replica that averages gradients
     device: str = "cpu",
     subject: Subject = GPT2_SUBJECT,

@@ -86,13 +86,6 @@ def mask_lost_in_recomputation(real, model, x, mask):
 def types_missing_on_one_rank(real, model, input_ids, token_types=None, attention_mask=None):
     return real(model, input_ids, token_types if dist.get_rank() else None, attention_mask)
 
-
-@_mutant("models.bert.Bert.__init__",
-         "segments: added before the sum over ranks", "what all ranks have is added once")
-def types_added_on_every_rank(real, model, config, group=None, **options):
-    real(model, config, group, **options)
-    model.token_types.register_forward_hook(lambda table, ids, rows: reduce_from_tp(rows, group))
-
 # %% ../../nbs/library/course/00_mutants_bert.ipynb #b4a563bf
 class _WholeBias(TokenHead):
     "Its bias is whole on every rank; who asks for it gets the slice of rank `place`."
@@ -119,13 +112,6 @@ def token_bias_own_gradient(real, config, group=None):
     return _WholeBias(config, group, place=group_rank(group))
 
 # %% ../../nbs/library/course/00_mutants_bert.ipynb #39844da1
-@_mutant("models.bert.Bert.__init__",
-         "token bias: gradient summed over ranks", "the bias is split as the vocabulary is")
-def token_bias_summed(real, model, config, group=None, **options):
-    real(model, config, group, **options)
-    model.mlm.bias.register_hook(lambda grad: all_reduce(grad, group))
-
-
 @_mutant("tensor_parallel.norm.placements",
          "norm: token bias taken for a whole one", "4.2: the norm of one gradient")
 def token_bias_counted_once(real, model):
@@ -139,15 +125,8 @@ def token_table_half_missing(real, x, weight, *targets, **options):
     return real(x, weight.detach(), *targets, **options)
 
 
-@_mutant("models.bert.Bert.__init__",
-         "token head: gradient of the dense layer summed", "replicated gradients are complete")
-def token_head_summed(real, model, config, group=None, **options):
-    real(model, config, group, **options)
-    model.mlm.dense.weight.register_hook(lambda grad: all_reduce(grad, group))
-
-
 @_mutant("models.gpt2.initial_rows",
-         "heads: drawn with a seed of each rank's own", "4.2: weights do not depend on the split")
+         "heads: drawn with a seed of each rank's own", "weights do not depend on the split")
 def heads_drawn_per_rank(real, name, shape, rows, config, seed):
     head = name.startswith(("pooler", "sop", "mlm.dense"))
     return real(name, shape, rows, config, seed + dist.get_rank() * head)
@@ -160,12 +139,6 @@ def pooled_before_the_norm(real, model, config, group=None, **options):
     seen = []
     model.ln_f.register_forward_pre_hook(lambda layer, x: seen.append(x[0]))
     model.pooler.register_forward_pre_hook(lambda layer, x: seen.pop()[:, 0])
-
-
-@_mutant("models.bert.Bert.order_logits",
-         "order: loss counted on every rank", "a loss that all ranks hold is one loss")
-def order_counted_on_every_rank(real, model, x):
-    return real(model, copy_to_tp(x, model.group))
 
 
 @_mutant("models.bert.order_loss",
@@ -184,3 +157,31 @@ def one_divisor(real, model, *batch, num_tokens=None, **rows):
          "means: over the replica's own masked tokens", "mean over the global batch", dp=2)
 def own_masked_tokens(real, model, *batch, num_tokens=None, **rows):
     return real(model, *batch, **rows)
+
+
+# %% ../../nbs/course/3_bert/18_mistakes_in_bert.ipynb #8d964416
+@_mutant("models.bert.Bert.__init__",
+         "segments: added before the sum over ranks", "what all ranks have is added once")
+def types_added_on_every_rank(real, model, config, group=None, **options):
+    real(model, config, group, **options)
+    model.token_types.register_forward_hook(lambda table, ids, rows: reduce_from_tp(rows, group))
+
+# %% ../../nbs/course/3_bert/18_mistakes_in_bert.ipynb #a27a78ce
+@_mutant("models.bert.Bert.__init__",
+         "token bias: gradient summed over ranks", "the bias is split as the vocabulary is")
+def token_bias_summed(real, model, config, group=None, **options):
+    real(model, config, group, **options)
+    model.mlm.bias.register_hook(lambda grad: all_reduce(grad, group))
+
+# %% ../../nbs/course/3_bert/18_mistakes_in_bert.ipynb #1a50294f
+@_mutant("models.bert.Bert.__init__",
+         "token head: gradient of the dense layer summed", "replicated gradients are complete")
+def token_head_summed(real, model, config, group=None, **options):
+    real(model, config, group, **options)
+    model.mlm.dense.weight.register_hook(lambda grad: all_reduce(grad, group))
+
+# %% ../../nbs/course/3_bert/18_mistakes_in_bert.ipynb #2331cc36
+@_mutant("models.bert.Bert.order_logits",
+         "order: loss counted on every rank", "a loss that all ranks hold is one loss")
+def order_counted_on_every_rank(real, model, x):
+    return real(model, copy_to_tp(x, model.group))

@@ -49,7 +49,7 @@ def g_reduces_backward(real, x, weight, region):
 
 
 @_mutant("tensor_parallel.linear.RowParallelLinear.forward",
-         "row bias added before the reduction", "section 3: a replicated bias is added once")
+         "row bias added before the reduction", "a replicated bias is added once")
 def row_bias_everywhere(real, layer, x):
     return layer.region.leave(F.linear(x, layer.weight, layer.bias))
 
@@ -75,7 +75,7 @@ def qkv_joined_by_rank(real, rule, parts):
 
 
 @_mutant("models.gpt2.initial_rows",
-         "every rank draws with a seed of its own", "4.2: weights do not depend on the split")
+         "every rank draws with a seed of its own", "weights do not depend on the split")
 def weights_drawn_per_rank(real, name, shape, rows, config, seed):
     return real(name, shape, rows, config, seed + dist.get_rank())
 
@@ -118,13 +118,6 @@ def tied_output_half_missing(real, x, weight, *targets, **options):
 def logits_by_the_embedding(real, model):
     return model.wte.weight
 
-
-@_mutant("models.gpt2.GPT2.__init__",
-         "gradient of the positions added up over ranks", "replicated gradients are complete")
-def position_gradient_summed(real, model, config, group=None, **options):
-    real(model, config, group, **options)
-    model.wpe.weight.register_hook(lambda grad: all_reduce(grad, group))
-
 # %% ../../nbs/library/course/00_mutants_gpt2.ipynb #4c21cfe0
 def _exchanged(real, x, group, change):
     "The exchange of the loss with a mistake: own and gathered numbers, (2, n) and (t, 2, n)."
@@ -134,7 +127,7 @@ def _exchanged(real, x, group, change):
 
 
 @_mutant("tensor_parallel.fused_loss.all_gather_start",
-         "softmax over own columns: sum of the others missing", "section 3: a sum over all ranks")
+         "softmax over own columns: sum of the others missing", "the softmax sums over all ranks")
 def sum_of_exponentials_local(real, x, group):
     def change(found, rank):
         found[:rank, 0] = found[rank + 1 :, 0] = -torch.inf
@@ -142,7 +135,7 @@ def sum_of_exponentials_local(real, x, group):
 
 
 @_mutant("tensor_parallel.fused_loss.all_gather_start",
-         "target's logit known to its rank alone", "section 3: all ranks have the loss")
+         "target's logit known to its rank alone", "all ranks have the loss")
 def target_not_exchanged(real, x, group):
     def change(found, rank):
         found[:rank, 1] = found[rank + 1 :, 1] = 0
@@ -150,7 +143,7 @@ def target_not_exchanged(real, x, group):
 
 # %% ../../nbs/library/course/00_mutants_gpt2.ipynb #e4de0f04
 @_mutant("tensor_parallel.fused_loss.own_columns",
-         "target looked up on every rank", "section 3: one rank has the target's logit")
+         "target looked up on every rank", "one rank has the target's logit")
 def target_on_every_rank(real, targets, first, columns):
     column, own = real(targets, first, columns)
     return column, torch.ones_like(own)
@@ -163,7 +156,7 @@ def padding_not_hidden(real, logits, *place, **options):
 
 
 @_mutant("tensor_parallel.fused_loss.Region",
-         "output layer: f left out", "section 3: f before the output layer")
+         "output layer: f left out", "f before the output layer")
 def no_f_in_loss(real, group):
     return real(None)
 
@@ -254,3 +247,11 @@ def averaged_over_the_world(real, wrapper, module, group):
          "replicas: mean of means", "mean over the tokens of the global batch", dp=2)
 def mean_of_means(real, wrapper, *batch, num_tokens, **rows):
     return real(wrapper, *batch, **rows)
+
+
+# %% ../../nbs/course/2_gpt2/15_mistakes.ipynb #5e3ab08f
+@_mutant("models.gpt2.GPT2.__init__",
+         "gradient of the positions added up over ranks", "replicated gradients are complete")
+def position_gradient_summed(real, model, config, group=None, **options):
+    real(model, config, group, **options)
+    model.wpe.weight.register_hook(lambda grad: all_reduce(grad, group))

@@ -34,7 +34,7 @@ def check_vocabulary(config: ModelConfig, size: int) -> None:
             f"set vocab_multiple to a multiple of {size}"
         )
 
-# %% ../../nbs/library/models/00_gpt2.ipynb #516457cc
+# %% ../../nbs/course/2_gpt2/14_gpt2.ipynb #516457cc
 class Transformer(nn.Module):
     """What GPT-2 and BERT share: two tables, a way through `blocks`, and the output layer.
 
@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         "Sum of the model's `losses`, which takes the same arguments."
         return sum(self.losses(*batch, **rows).values())
 
-# %% ../../nbs/library/models/00_gpt2.ipynb #d01cc5cb
+# %% ../../nbs/course/2_gpt2/14_gpt2.ipynb #d01cc5cb
 class GPT2(Transformer):
     """GPT-2 split over a tensor-parallel group; names and full weights are the reference's.
 

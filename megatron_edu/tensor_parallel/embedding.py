@@ -30,7 +30,7 @@ def check_vocab_size(
             f"id needs a row; pass the number of ids the tokenizer has, or a larger table"
         )
 
-# %% ../../nbs/library/tensor_parallel/00_embedding.ipynb #13d41498
+# %% ../../nbs/course/2_gpt2/12_vocabulary.ipynb #13d41498
 class VocabParallelEmbedding(nn.Module):
     """`nn.Embedding` with its rows split over `group` (paper, section 3).
 

@@ -27,7 +27,43 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
-# %% ../../nbs/library/tensor_parallel/00_linear.ipynb #e2e990d9
+# %% ../../nbs/library/tensor_parallel/00_linear.ipynb #70c25862
+@torch.library.custom_op("megatron_edu::column_gradients", mutates_args=())
+def _column_gradients_step(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    group: str,                 # its name
+    needs_x: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # empty where not wanted
+    "`_column_gradients` as one step of a compiled graph."
+    region = Region(group_named(group))
+    found = _column_gradients(grad, x, weight, region, needs_x, needs_weight, needs_bias)
+    return tuple(grad.new_empty(0) if each is None else each for each in found)
+
+
+@_column_gradients_step.register_fake
+def _(grad, x, weight, group, *wanted):
+    found = _column_gradients(grad, x, weight, Region(None), *wanted)
+    return tuple(grad.new_empty(0) if each is None else each.contiguous() for each in found)
+
+# %% ../../nbs/library/tensor_parallel/00_linear.ipynb #3ef7e095
+def _check_sizes(**sizes: int) -> None:
+    "Raise `TypeError` for what is no whole number, `ValueError` for one below 1."
+    for name, value in sizes.items():
+        check_whole(name, value)
+
+
+def _uniform_init(weight: torch.Tensor, bias: torch.Tensor | None, in_features: int) -> None:
+    "Weights in the range of `nn.Linear`, which follows from the whole layer's inputs; biases zero."
+    bound = 1 / math.sqrt(in_features)
+    nn.init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        nn.init.zeros_(bias)
+
+# %% ../../nbs/course/1_one_layer/06_linears.ipynb #e2e990d9
 def _column_gradients(
     grad: torch.Tensor,         # (..., out/t)
     x: torch.Tensor,            # (..., in)
@@ -77,29 +113,7 @@ def column_linear(
         (bias,) = _autocast(bias)
     return _ColumnLinear.apply(*_autocast(x, weight), bias, region)
 
-# %% ../../nbs/library/tensor_parallel/00_linear.ipynb #70c25862
-@torch.library.custom_op("megatron_edu::column_gradients", mutates_args=())
-def _column_gradients_step(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    group: str,                 # its name
-    needs_x: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:   # empty where not wanted
-    "`_column_gradients` as one step of a compiled graph."
-    region = Region(group_named(group))
-    found = _column_gradients(grad, x, weight, region, needs_x, needs_weight, needs_bias)
-    return tuple(grad.new_empty(0) if each is None else each for each in found)
-
-
-@_column_gradients_step.register_fake
-def _(grad, x, weight, group, *wanted):
-    found = _column_gradients(grad, x, weight, Region(None), *wanted)
-    return tuple(grad.new_empty(0) if each is None else each.contiguous() for each in found)
-
-# %% ../../nbs/library/tensor_parallel/00_linear.ipynb #a0e811ed
+# %% ../../nbs/course/1_one_layer/06_linears.ipynb #a0e811ed
 class _RowLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, region):
@@ -127,21 +141,7 @@ def row_linear(
     """
     return _RowLinear.apply(*_autocast(x, weight), region)
 
-# %% ../../nbs/library/tensor_parallel/00_linear.ipynb #3ef7e095
-def _check_sizes(**sizes: int) -> None:
-    "Raise `TypeError` for what is no whole number, `ValueError` for one below 1."
-    for name, value in sizes.items():
-        check_whole(name, value)
-
-
-def _uniform_init(weight: torch.Tensor, bias: torch.Tensor | None, in_features: int) -> None:
-    "Weights in the range of `nn.Linear`, which follows from the whole layer's inputs; biases zero."
-    bound = 1 / math.sqrt(in_features)
-    nn.init.uniform_(weight, -bound, bound)
-    if bias is not None:
-        nn.init.zeros_(bias)
-
-# %% ../../nbs/library/tensor_parallel/00_linear.ipynb #62aaa6ee
+# %% ../../nbs/course/1_one_layer/06_linears.ipynb #62aaa6ee
 class ColumnParallelLinear(nn.Module):
     """`nn.Linear` with the rows of its weight, so the columns of its result, split over `group`.
 
@@ -185,7 +185,7 @@ class ColumnParallelLinear(nn.Module):
         parts = y.unflatten(-1, (self.shard_rules["weight"].blocks, -1))
         return gather_from_tp(parts, self.group).flatten(-2)
 
-# %% ../../nbs/library/tensor_parallel/00_linear.ipynb #2d466a3d
+# %% ../../nbs/course/1_one_layer/06_linears.ipynb #2d466a3d
 class RowParallelLinear(nn.Module):
     """`nn.Linear` with the columns of its weight split over `group`.
 

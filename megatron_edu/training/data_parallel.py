@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..comm import group_size
 
-# %% ../../nbs/library/training/00_data_parallel.ipynb #deef68ec
+# %% ../../nbs/course/4_training/20_replicas.ipynb #deef68ec
 class _LossesOf(nn.Module):
     "DDP watches `forward`; the losses are what we call."
 
@@ -31,7 +31,7 @@ def _averaging(model: nn.Module, group: dist.ProcessGroup) -> DistributedDataPar
         _LossesOf(model), process_group=group, gradient_as_bucket_view=True
     )
 
-# %% ../../nbs/library/training/00_data_parallel.ipynb #6c584785
+# %% ../../nbs/course/4_training/20_replicas.ipynb #6c584785
 class DataParallel:
     """A model whose gradients are averaged over replicas in the backward pass, by PyTorch's DDP.
 

@@ -12,7 +12,7 @@ import torch
 
 from .optimizer import OptimizerConfig
 
-# %% ../../nbs/library/training/00_schedule.ipynb #8a556262
+# %% ../../nbs/course/4_training/21_adamw.ipynb #8a556262
 def learning_rate(
     step: int,                  # 1 for the first
     steps: int,                 # of the whole run
@@ -31,7 +31,7 @@ def learning_rate(
     left = 1 - progress if linear else (1 + math.cos(math.pi * progress)) / 2
     return config.min_lr + (config.lr - config.min_lr) * left
 
-# %% ../../nbs/library/training/00_schedule.ipynb #402c4da0
+# %% ../../nbs/course/4_training/21_adamw.ipynb #402c4da0
 def set_learning_rate(
     optimizer: torch.optim.Optimizer,
     lr: float,

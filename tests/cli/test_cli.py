@@ -734,7 +734,6 @@ def test_without_data_a_converted_model_is_named_with_the_way_to_begin(run, tmp_
 @pytest.mark.usefixtures("no_ranks")
 def test_ranks_of_torchrun_do_not_all_write_the_token_file(corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train_verb, "under_torchrun", lambda: True)
-    monkeypatch.setattr(train_verb, "shared_plan", train_verb.make_plan)
     data = corpus / "a.txt", corpus / "a.jsonl"
     text = refusal(capsys, "train", *SHORT, "--out", tmp_path / "run", "--data", *data)
     assert f"{data[0]}, {data[1]} is no token file" in text

@@ -92,6 +92,15 @@ def same_weights(a, b, atol=0.0):
     torch.testing.assert_close(*states, rtol=0, atol=atol)
 
 
+def test_a_process_that_trains_keeps_what_a_step_frees(tmp_path, tokens, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: seen.append("keeps"))
+    monkeypatch.setattr(loop, "begin_run", lambda *args: seen.append("begins") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_here(plan(tmp_path / "run"), tokens)
+    assert seen == ["keeps", "begins"]
+
+
 def test_a_run_writes_one_line_a_step_and_whole_checkpoints(tmp_path, tokens, capsys):
     run_here(plan(tmp_path, log_every=2), tokens)
     lines = read_metrics(tmp_path)
