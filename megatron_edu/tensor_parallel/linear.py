@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import check_whole
-from ..comm import group_named
+from ..comm import OPERATORS, group_named
 from .mappings import Region, gather_from_tp, scatter_to_tp
 from .shard import Shard, check_divides, checked_size
 
@@ -78,7 +78,7 @@ def column_linear(
     return _ColumnLinear.apply(*_autocast(x, weight), bias, region)
 
 # %% ../../nbs/3_layers/03_linear.ipynb #70c25862
-@torch.library.custom_op("megatron_edu::column_gradients", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::column_gradients", mutates_args=())
 def _column_gradients_step(
     grad: torch.Tensor,
     x: torch.Tensor,

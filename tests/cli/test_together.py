@@ -152,7 +152,7 @@ def test_the_first_rank_chooses_the_checkpoint_that_writes(here, capsys, hidden)
 @pytest.mark.parametrize(
     ("line", "hidden", "happens", "status", "words"),
     [
-        ("train --out run", ((), ALL), "", 2, "run holds a run (step-00000004)"),
+        (f"train {SHORT} --data tokens --out run", ((), ALL), "", 2, "run holds a run (step-00"),
         (GO_ON, (ALL, ()), "", 2, "Missing"),
         (f"{GENERATE} --tp 2", (ALL, ()), "", 2, "name the folder of a run"),
         (f"{GO_ON} --stepz 3", ((), ()), "", 2, "nearest is --steps"),
@@ -193,15 +193,36 @@ def test_a_rank_that_waits_for_a_decision_can_be_stopped(here):
 
 
 def torchrun(line: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
+    "Its agent keeps the store; there rank 0 is a guest like the others."
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "meet", "--local-addr", "127.0.0.1"]
     command += ["--rdzv-conf", "store_type=file", "-m", "megatron_edu.cli"]
     words = [*command, *line.split()]
     return subprocess.run(words, capture_output=True, text=True, timeout=HANG, env=environment())
 
 
-def test_torchrun_itself(here):
+def test_ranks_of_torchrun_write_as_one_process_does(here, capsys):
+    cli.main(GENERATE.split())
+    done = torchrun(f"{GENERATE} --tp 2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == capsys.readouterr().out
+
+
+def test_torchrun_itself_hears_one_refusal(here):
     "All ranks end with the status of the first: the launcher has to end none."
-    done = torchrun("train --out run --resume auto --steps 6 --seed 9")
+    done = torchrun("train --out run --resume auto --steps 6 --seed 9 --dp 2")
     lines = [line for line in done.stderr.splitlines() if line.startswith("megatron-edu")]
     assert len(lines) == 1 and "go on with --seed" in lines[0] and done.returncode == 1
+
+
+@pytest.mark.parametrize("verb", ["train", "generate"])
+def test_ranks_that_know_of_no_place_to_meet_say_so(monkeypatch, capsys, verb):
+    "As where a batch system has set the variables of a job."
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2
+    assert "MASTER_ADDR expected, but not set" in line and "take RANK and WORLD_SIZE out" in line
