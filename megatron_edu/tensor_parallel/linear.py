@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checks import check_whole
-from ..comm import group_named
+from ..comm import OPERATORS, group_named
 from .mappings import Region, gather_from_tp, scatter_to_tp
 from .shard import Shard, check_divides, checked_size
 
@@ -28,7 +28,7 @@ def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 # %% ../../nbs/library/tensor_parallel/00_linear.ipynb #70c25862
-@torch.library.custom_op("megatron_edu::column_gradients", mutates_args=())
+@torch.library.custom_op(f"{OPERATORS}::column_gradients", mutates_args=())
 def _column_gradients_step(
     grad: torch.Tensor,
     x: torch.Tensor,

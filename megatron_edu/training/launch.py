@@ -107,26 +107,34 @@ def _run(
 ) -> None:
     "The life of one rank on this machine."
     threading.Thread(target=_leave_with_launcher, daemon=True).start()
-    with handled(_stop), patient_streams():
-        try:
-            noting = Noting(board, rank)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-            if backend == "gloo":
-                torch.set_num_threads(max(1, cpu_count() // dims.world_size))
-            size = str(dims.world_size)
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}
-            join_world(rank, dims.world_size, rendezvous, backend, timeout)
-            noting.note("running")
-            pipe.send(_Report("ready"))
-            fn, args = cloudpickle.loads(payload)
-            result = fn(_build(dims, backend), _device(backend), *args)
-            report = _Report("result", _pickle(result) if rank == 0 else None)
-            noting.end("done")
-            dist.destroy_process_group()
-        except BaseException as error:
-            report = _report(error)
-            noting.end("failed")
-    with handled(signal.SIG_IGN):
+    leaving: list[bool] = []        # filled as soon as it needs no more requests
+
+    def stop(number: int, frame: Any) -> None:
+        if not leaving:
+            _stop(number, frame)
+
+    with handled(stop):     # until it is gone: Ctrl-C and the launcher may both ask it
+        with patient_streams():
+            try:
+                noting = Noting(board, rank)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+                if backend == "gloo":
+                    torch.set_num_threads(max(1, cpu_count() // dims.world_size))
+                size = str(dims.world_size)
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size}
+                join_world(rank, dims.world_size, rendezvous, backend, timeout)
+                noting.note("running")
+                pipe.send(_Report("ready"))
+                fn, args = cloudpickle.loads(payload)
+                result = fn(_build(dims, backend), _device(backend), *args)
+                report = _Report("result", _pickle(result) if rank == 0 else None)
+                noting.end("done")
+                dist.destroy_process_group()
+                leaving.append(True)
+            except BaseException as error:
+                leaving.append(True)
+                report = _report(error)
+                noting.end("failed")
         pipe.send(report)
         if report.kind != "result":
             sys.stdout.flush()

@@ -192,16 +192,27 @@ def test_a_rank_that_waits_for_a_decision_can_be_stopped(here):
         assert ranks[1].wait(HANG) == 143 and ranks[0].poll() is None
 
 
-def test_ranks_of_torchrun_write_as_one_process_does(here, capsys):
-    "Its agent keeps the store; here rank 0 is a guest like the others."
-    cli.main(GENERATE.split())
+def torchrun(line: str) -> subprocess.CompletedProcess:
+    "Its agent keeps the store; there rank 0 is a guest like the others."
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "meet", "--local-addr", "127.0.0.1"]
     command += ["--rdzv-conf", "store_type=file", "-m", "megatron_edu.cli"]
-    words = [*command, *GENERATE.split(), "--tp", "2"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=HANG, env=environment())
+    words = [*command, *line.split()]
+    return subprocess.run(words, capture_output=True, text=True, timeout=HANG, env=environment())
+
+
+def test_ranks_of_torchrun_write_as_one_process_does(here, capsys):
+    cli.main(GENERATE.split())
+    done = torchrun(f"{GENERATE} --tp 2")
     assert done.returncode == 0, done.stderr
     assert done.stdout == capsys.readouterr().out
+
+
+def test_torchrun_itself_hears_one_refusal(here):
+    "All ranks end with the status of the first: the launcher has to end none."
+    done = torchrun("train --out run --resume auto --steps 6 --seed 9 --dp 2")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("megatron-edu")]
+    assert len(lines) == 1 and "go on with --seed" in lines[0] and done.returncode == 1
 
 
 @pytest.mark.parametrize("verb", ["train", "generate"])

@@ -417,6 +417,22 @@ def test_a_signal_while_ranks_start_ends_in_one_line(tmp_path, number, delay):
     assert process.returncode == 128 + number
 
 
+@pytest.mark.parametrize("attempt", range(4))      # the second one must hit an instant
+def test_a_rank_that_is_asked_again_on_its_way_out_says_nothing(tmp_path, attempt):
+    "As when a terminal asks all, and the launcher passes it on: whenever the second one comes."
+    with started(tmp_path, START.replace("sleep_long", "asked_all_the_time")) as process:
+        _, errors = process.communicate(timeout=HANG)
+    assert errors.splitlines() == ["stopped by SIGINT; nothing was to be saved"]
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def asked_all_the_time(groups, device):
+    "A rank that another process goes on asking to stop until it is gone."
+    ask = f"while os.getppid() == {os.getpid()}: os.kill({os.getpid()}, signal.SIGINT)"
+    subprocess.Popen([sys.executable, "-c", f"import os, signal\n{ask}"])
+    time.sleep(FOREVER)
+
+
 START = """
 import sys
 import test_launch
