@@ -426,10 +426,20 @@ def test_a_rank_that_is_asked_again_on_its_way_out_says_nothing(tmp_path, attemp
     assert process.returncode == 128 + signal.SIGINT
 
 
+ASK = """
+import os, signal, sys
+rank = int(sys.argv[1])
+try:
+    while os.getppid() == rank:
+        os.kill(rank, signal.SIGINT)
+except ProcessLookupError:      # gone and reaped since the question: what this waits for
+    pass
+"""
+
+
 def asked_all_the_time(groups, device):
     "A rank that another process goes on asking to stop until it is gone."
-    ask = f"while os.getppid() == {os.getpid()}: os.kill({os.getpid()}, signal.SIGINT)"
-    subprocess.Popen([sys.executable, "-c", f"import os, signal\n{ask}"])
+    subprocess.Popen([sys.executable, "-c", ASK, str(os.getpid())])
     time.sleep(FOREVER)
 
 
