@@ -68,6 +68,7 @@ NAMED = {
     14: {"GPT2"},
     15: {"examine"},
     16: {"Bert"},
+    17: {"choose_masked", "mask_tokens", "following_segments", "BertSamples"},
     20: {"ParallelDims", "DataParallel"},
     21: {"make_optimizer", "decay_groups", "learning_rate"},
     22: {"GPT2Samples", "BatchSampler", "broadcast_batch"},
@@ -87,6 +88,7 @@ NOT_MEANT = {
     "resume.Checkpoint": "the name and step of a folder",
     "resume.checkpoints": "looks through folders",
     "training.run.Samples": "what a loop asks of any samples",
+    "data.sentences.segments": "the sentences of a paragraph",
     "demo.gpt2.sample": "a text that a trained model writes",
 }
 
