@@ -135,6 +135,14 @@ def test_the_reader_may_put_the_new_edition_in_the_place_of_the_old(folder):
     assert held(folder) == FIRST | {F: notebook("f: third")}
 
 
+def test_who_takes_back_what_he_wrote_gets_the_new_edition(folder):
+    write(folder, F, ANSWER)
+    lab.update(folder, SECOND)
+    write(folder, F, FIRST[F])
+    assert lab.update(folder, SECOND) == [f"{folder}: files 1 renewed"]
+    assert (folder / F).read_bytes() == SECOND[F]
+
+
 def test_a_file_of_the_readers_own_stays_when_the_course_gets_one_of_that_name(folder):
     mine = "nbs/course/1/07_mine.ipynb"
     write(folder, mine, notebook("mine"))
