@@ -34,6 +34,8 @@ SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (33, 5)]
 def group_of(*members):
     "A new gloo group of these ranks (none: of all), which has no memory yet."
     group = dist.new_group(list(members) or None, backend="gloo")
+    if group is not dist.GroupMember.NON_GROUP_MEMBER:
+        dist.barrier(group)     # else a rank may end it while another is still joining
     yield group
     dist.destroy_process_group(group)
 

@@ -120,8 +120,7 @@ def open_lab(folder: Path) -> dict[str, set[str]]:      # its mark
     place = folder.resolve()
     if place.is_relative_to(ROOT) and not place.is_relative_to(DEFAULT):
         raise ValueError(
-            f"{folder} is in the repository, where git overlooks {DEFAULT} alone; "
-            + ANOTHER
+            f"{folder} is in the repository, where git overlooks {DEFAULT} alone; " + ANOTHER
         )
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f"{folder} is there and is no folder; {RULE}")
