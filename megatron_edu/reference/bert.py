@@ -26,7 +26,7 @@ from megatron_edu.definitions import (
 from .gpt2 import Block, summed_loss
 from ..weights import initialise
 
-# %% ../../nbs/library/reference/00_bert.ipynb #1b8431fe
+# %% ../../nbs/course/3_bert/16_bert.ipynb #1b8431fe
 class PostNormBlock(Block):
     "A post-LN layer: each half adds its output to its input, and the sum is normalised."
 
@@ -39,7 +39,7 @@ class PostNormBlock(Block):
         x = self.ln_1(x + self.attn(x, mask))
         return self.ln_2(x + self.mlp(x))
 
-# %% ../../nbs/library/reference/00_bert.ipynb #58ad9115
+# %% ../../nbs/course/3_bert/16_bert.ipynb #58ad9115
 class TokenHead(nn.Module):
     "Logits of the token at each position: by a table, the model's own or tied, and a bias."
 
@@ -59,7 +59,7 @@ class TokenHead(nn.Module):
         x = self.ln(gelu(self.dense(x), self.config.gelu))      # (..., h)
         return F.linear(x, table, self.bias)                    # (..., v padded)
 
-# %% ../../nbs/library/reference/00_bert.ipynb #848d5a60
+# %% ../../nbs/course/3_bert/16_bert.ipynb #848d5a60
 class Bert(nn.Module):
     """A plain PyTorch BERT; its initial weights depend on `config` and `seed` alone.
 
