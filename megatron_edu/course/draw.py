@@ -141,7 +141,8 @@ def _columns(flows: list[Flow]) -> list[_Column]:
 def _operator(column: _Column, events: list[Event]) -> str:
     "The paper's name of a step that sums over the ranks in one pass and else does nothing."
     steps = [e for e in events if e.kind == "collective" and e.number == column.number]
-    if column.kind != "collective" or column.number < 0 or [e.name for e in steps] != ["all-reduce"]:
+    summed = [e.name for e in steps] == ["all-reduce"]
+    if column.kind != "collective" or column.number < 0 or not summed:
         return ""
     return "g" if steps[0].phase == "forward" else "f"
 
@@ -189,7 +190,8 @@ class _Picture:
         place = {c.number: i for i, c in enumerate(self.columns) if c.kind == "tensor"}
         self.edges = [
             self.columns[place[source] : place[e.number] + 1]
-            for e in self.events if e.phase == "forward" for source in e.sources if e.kind == "tensor"
+            for e in self.events if (e.phase, e.kind) == ("forward", "tensor")
+            for source in e.sources
         ]
         self.levels = self.find_levels()
         self.top = 0.18 + 0.09 * max(self.levels.values()) if self.levels else 0.08

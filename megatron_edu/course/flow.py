@@ -220,7 +220,7 @@ def note(
 
 def innermost(
     block: nn.Module,
-) -> dict[str, nn.Module]:      # by the last part of the name; by the whole where that is not unique
+) -> dict[str, nn.Module]:      # by the last part of their names; by all of it if two share that
     "The modules of a block that have no modules in them. Itself, called \"out\", if it has none."
     found = {n: each for n, each in block.named_modules() if not any(each.children())}
     last = [name.rpartition(".")[2] for name in found]
@@ -255,8 +255,9 @@ def trace(
             out = block(*inputs)
             if not isinstance(out, torch.Tensor) or not out.requires_grad:
                 raise ValueError(
-                    f"the block gave {type(out).__name__} without a gradient, which has no backward "
-                    "pass; trace a function that gives one tensor made of its inputs or weights"
+                    f"the block gave {type(out).__name__} without a gradient, which has no "
+                    "backward pass; trace a function that gives one tensor made of its inputs or "
+                    "weights"
                 )
             tracer.see("out", out)
             total = out.square().sum() if loss is None else loss(out)

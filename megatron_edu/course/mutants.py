@@ -35,7 +35,9 @@ LESSONS = {     # target, or beginning of its path -> lesson that derives it, wh
     "tensor_parallel.random": ("nbs/course/2_gpt2/09_random_streams.ipynb", "appendix B"),
     "tensor_parallel.norm": ("nbs/course/1_one_layer/07_checker.ipynb", "section 4.2"),
     "models.attention": ("nbs/course/2_gpt2/10_attention.ipynb", "section 3, figure 3"),
-    "models.attention.sharded_randomness": ("nbs/course/2_gpt2/09_random_streams.ipynb", "appendix B"),
+    "models.attention.sharded_randomness": (
+        "nbs/course/2_gpt2/09_random_streams.ipynb", "appendix B"
+    ),
     "models.gpt2": ("nbs/course/2_gpt2/14_gpt2.ipynb", "sections 3 and 4.2"),
     "models.gpt2.shard_state_dict": ("nbs/course/1_one_layer/04_matmul.ipynb", "section 3"),
     "models.bert": ("nbs/course/3_bert/16_bert.ipynb", "sections 3 and 4.2, figure 7"),

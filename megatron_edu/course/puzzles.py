@@ -683,8 +683,8 @@ PUZZLES["embedding"] = Puzzle(
     (
         Hint(
             "foreign", _foreign_rows,
-            "Every token is the sum of {t} rows, one from each rank. What does a rank add for an id "
-            "whose row is elsewhere?",
+            "Every token is the sum of {t} rows, one from each rank. What does a rank add for an "
+            "id whose row is elsewhere?",
         ),
     ),
 )
@@ -744,8 +744,8 @@ PUZZLES["cross_entropy"] = Puzzle(
         ),
         Hint(
             "foreign", _foreign_targets,
-            "From every row {t} logits are taken as that of the target, one on each rank. What does "
-            "a rank contribute for a target whose column is elsewhere?",
+            "From every row {t} logits are taken as that of the target, one on each rank. What "
+            "does a rank contribute for a target whose column is elsewhere?",
         ),
     ),
 )

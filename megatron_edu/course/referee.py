@@ -288,8 +288,8 @@ _GRADIENT_HINTS = {
     "times": "The loss is right, and the gradient of {key} is {t} times too large: all ranks have "
     "it already, and it is added up once more.",
     "over": "The loss is right, and the gradient of {key} is 1/{t} of the right one.",
-    "summed": "The loss is right, and the gradient of {key} is on each rank the sum over all ranks. "
-    "Each rank has a piece of {key} that is its own: whose gradients may not be mixed?",
+    "summed": "The loss is right, and the gradient of {key} is on each rank the sum over all "
+    "ranks. Each rank has a piece of {key} that is its own: whose gradients may not be mixed?",
 }
 
 

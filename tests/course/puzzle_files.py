@@ -20,7 +20,7 @@ def wrong_file(name: str) -> dict:
 
 def run(source: str) -> dict:
     "The names that a cell with this text defines."
-    names = {"__name__": "__main__"}    # ranks get what is defined here by value, as from a notebook
+    names = {"__name__": "__main__"}    # ranks get what it defines by value, as from a notebook
     exec(compile(source, "<cell>", "exec"), names)
     return names
 

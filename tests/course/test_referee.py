@@ -1,4 +1,4 @@
-"""The referee: right answers are green, wrong ones get the hint of their kind, and none hurts it."""
+"""The referee: right answers are green, wrong ones get their kind's hint, and none hurts it."""
 
 import pytest
 import torch

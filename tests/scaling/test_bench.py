@@ -46,7 +46,10 @@ def test_quartiles():
 
 @pytest.mark.parametrize(
     "goal, verdict",
-    [(2.55, "reached"), (2.54, "undecided"), (0.6, "undecided"), (0.55, "undecided"), (0.54, "missed")],
+    [
+        (2.55, "reached"), (2.54, "undecided"), (0.6, "undecided"), (0.55, "undecided"),
+        (0.54, "missed"),
+    ],
 )
 def test_a_verdict_needs_three_quarters_of_the_rounds(goal, verdict):
     page = bench.report(result([1.0, 1.2, 9.0], [2.0] * 3, goal=goal))
