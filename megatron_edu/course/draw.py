@@ -349,7 +349,7 @@ def draw_flow(
             )
     picture = _Picture(flows)
     width = max(picture.width, 4.5)
-    lines = textwrap.wrap(_CAPTION, int(width / 0.054)) if len(flows) > 1 else []
+    lines = textwrap.wrap(_CAPTION, int(width / 0.058)) if len(flows) > 1 else []
     one = 0.32 + len(flows) * (picture.lane + 0.05)         # the height of a pass
     height = 2 * one + 0.1 + 0.22 * bool(title) + 0.14 * len(lines)
     if ax is None:
@@ -359,7 +359,8 @@ def draw_flow(
     ax.axis("off")
     space = ax.get_position().size * ax.figure.get_size_inches()
     picture.ax, picture.scale = ax, min(space / (width, height))
-    picture.text(width / 2, height - 0.13, title, 11, weight="bold")
+    size = min(11, 11 * width / max(width, _width(title, 11, "bold") + 0.1))
+    picture.text(width / 2, height - 0.13, title, size, weight="bold")
     bottom = 0.05 + 0.14 * len(lines)
     picture.draw_pass("forward", bottom + 2 * one, width)
     picture.draw_pass("backward", bottom + one, width)
