@@ -302,7 +302,8 @@ def test_links_lead_somewhere(path):
 
 def letters():
     "Letters that the notation page explains, as formulas and code write them."
-    rows = re.findall(r"^\| ([^|]+)\|[^|]+\| ([^|]+)\|$", markdown(NBS / "course/notation.ipynb"), re.M)
+    text = markdown(NBS / "course/notation.ipynb")
+    rows = re.findall(r"^\| ([^|]+)\|[^|]+\| ([^|]+)\|$", text, re.M)
     return {letter for row in rows for letter in re.findall(r"`(\w)`", " ".join(row))}
 
 
