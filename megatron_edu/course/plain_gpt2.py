@@ -20,7 +20,7 @@ class Config:
     layers: int = 12
     hidden: int = 768
     heads: int = 12
-    vocab: int = 50_304         # rows of the word table: 50,257 words, rounded up
+    vocab: int = 50_304         # rows of the word table: 50,257, to a multiple of 128
     positions: int = 1024       # tokens of the longest sequence
     dropout: float = 0.1
 
