@@ -306,12 +306,34 @@ def _split_row(p, group, row_linear):
     return (y * drawn(2, 3, 6, seed=9)).sum()
 
 
+def _parts_with_bias(found: Found) -> bool:
+    "Whether the losses are those of partial sums, each with the whole bias."
+    loss, _ = found.reference({"bias": found.size * found.puzzle.tensors["bias"]})
+    losses = [trial.loss for trial in found.trials]
+    return close(sum(losses), loss) and not all(close(each, losses[0]) for each in losses)
+
+
 def _added_everywhere(name: str) -> Hint:
     "A bias that every rank adds to its partial sum."
     return Hint(
         "bias",
         lambda found: found.loss_is({name: found.size * found.puzzle.tensors[name]}),
         "The result holds the bias {t} times. It is whole on every rank: where is it added once?",
+    )
+
+
+def _used_by_one(name: str) -> Hint:
+    "A replicated parameter that one rank alone makes use of."
+
+    def seen(found: Found) -> bool:
+        want, got = found.reference()[1][name], found.got(name)
+        some = [close(each, want) for each in got]
+        return any(some) and not all(some) and all(s or not g.any() for s, g in zip(some, got))
+
+    return Hint(
+        "one_rank", seen,
+        f"The loss is right, and some ranks have no gradient of {name}. Each rank has a copy of it, "
+        "and copies stay equal only if all make the same use of theirs.",
     )
 
 
@@ -329,7 +351,20 @@ PUZZLES["row_linear"] = Puzzle(
     {"x": drawn(2, 3, 8, seed=1), "weight": drawn(6, 8, seed=2), "bias": drawn(6, seed=3)},
     {"x": Shard(2), "weight": Shard(1)},
     _whole_row, _split_row, {"all_reduce": 36},
-    (_added_everywhere("bias"),),
+    (
+        _added_everywhere("bias"),
+        _used_by_one("bias"),
+        Hint(
+            "no_bias",
+            lambda found: found.loss_is({"bias": 0 * found.puzzle.tensors["bias"]}),
+            "The result lacks the bias.",
+        ),
+        Hint(
+            "loss_partial", _parts_with_bias,
+            "Each rank has one part of the product, with the whole bias on it; the parts add up to "
+            "the product: where do the ranks meet in the forward pass?",
+        ),
+    ),
 )
 
 # %% ../../nbs/library/course/00_puzzles.ipynb #4bc540bb
@@ -648,6 +683,7 @@ PUZZLES["attention"] = Puzzle(
             "{t}. How many heads are there on one rank, and how wide is one?",
         ),
         _added_everywhere("proj.bias"),
+        _used_by_one("proj.bias"),
     ),
     module=lambda answer, group: answer(16, 4, group),
 )

@@ -145,9 +145,9 @@ def _pieces(
     return pieces, rules, [_Watched(call, name) for call in calls]
 
 
-def _try(name: str, answers: tuple[Callable, ...]) -> Trial:
+def _try(name: str, answers: tuple[Callable, ...], group: dist.ProcessGroup) -> Trial:
     "One forward and one backward pass with the reader's code in it."
-    puzzle, group = PUZZLES[name], dist.group.WORLD
+    puzzle = PUZZLES[name]
     pieces, rules, watched = _pieces(name, answers, group)
     norm = None
     with Ledger() as ledger:
@@ -160,6 +160,12 @@ def _try(name: str, answers: tuple[Callable, ...]) -> Trial:
         if puzzle.norm is not None:
             norm = puzzle.norm(gradients, group, *watched).detach()
             watched[0].check()
+    if any(record.ranks != group.size() for record in ledger.records):
+        raise Refusal(
+            "group",
+            f"{name} makes a collective in another group than the one that it was given; "
+            "there may be more ranks than those that share this layer: hand `group` on",
+        )
     outputs = [output for each in watched for output in each.outputs]
     return Trial(loss.detach(), gradients, rules, norm, ledger.wire(), outputs)
 
@@ -180,6 +186,16 @@ def _place(error: BaseException) -> tuple[str, int]:    # file and line; ("", 0)
     return found
 
 
+_groups: dict[int, dist.ProcessGroup] = {}      # by size: this rank's
+
+
+def _group(size: int) -> dist.ProcessGroup:
+    "This rank's group of so many ranks; the world is cut into such groups."
+    if size not in _groups:
+        _groups[size] = dist.new_subgroups(size)[0]
+    return _groups[size]
+
+
 def _too_long(number, frame):
     raise Refusal("slow", "a rank still computes after a long time: does a loop never end?")
 
@@ -188,13 +204,15 @@ def _trial(
     name: str,
     answers: tuple[Callable, ...],
     limit: float,       # seconds that all of it may take
+    size: int,          # ranks in a group; there may be more of them than one
 ) -> Trial:
     "What a rank runs. Raises `Refusal` for all that the reader's code does wrong by itself."
-    all_reduce(torch.zeros(1), dist.group.WORLD)    # the shared memory is there before they differ
+    group = _group(size)
+    all_reduce(torch.zeros(1), group)       # the shared memory is there before they differ
     before = signal.signal(signal.SIGALRM, _too_long)
     signal.setitimer(signal.ITIMER_REAL, limit)
     try:
-        return _try(name, answers)
+        return _try(name, answers, group)
     except Refusal:
         raise
     except BaseException as error:
@@ -281,16 +299,24 @@ _LOSS_HINTS = {
     "known to each rank only in part.",
 }
 _GRADIENT_HINTS = {
-    "missing": "No gradient arrives at {key}. The collectives of megatron_edu.comm are no steps of "
-    "autograd, and a backward pass has to return what it computes.",
+    "missing": "No gradient arrives at {key}. Is it detached, or did its way lead through a "
+    "collective of megatron_edu.comm, which is no step of autograd? And a backward pass has to "
+    "return what it computes.",
     "partial": "The loss is right, and each rank has one part of the gradient of {key}; the parts "
     "add up to the right one. Which of the two passes has to meet the others?",
     "times": "The loss is right, and the gradient of {key} is {t} times too large: all ranks have "
     "it already, and it is added up once more.",
-    "over": "The loss is right, and the gradient of {key} is 1/{t} of the right one.",
+    "over": "The loss is right, and the gradient of {key} is 1/{t} of the right one: a sum over the "
+    "ranks became a mean, or what each rank holds whole was used as a share.",
     "summed": "The loss is right, and the gradient of {key} is on each rank the sum over all "
     "ranks. Each rank has a piece of {key} that is its own: whose gradients may not be mixed?",
 }
+
+
+_UNUSED = (
+    " As much was sent as is enough: is the result of a collective left unused? The functions of "
+    "megatron_edu.comm return it, and leave what they are given as it was."
+)
 
 
 def _traffic(found: Found) -> tuple[float, float]:  # bytes that a rank sent, and that are enough
@@ -309,8 +335,11 @@ def _hint(found: Found) -> tuple[str, str]:
     if loss != "right":
         return "forward", "The loss is wrong and equal on all ranks: the mistake is forward."
     words = {key: found.gradient(key) for key in found.puzzle.tensors}
+    sent, enough = _traffic(found)
     for kind, text in _GRADIENT_HINTS.items():
         keys = [key for key, word in words.items() if word == kind]
+        if keys and kind == "partial" and sent >= enough:
+            text += _UNUSED
         if keys:
             return kind, text.format(t=t, key=keys[0])
     keys = [key for key, word in words.items() if word != "right"]
@@ -319,10 +348,9 @@ def _hint(found: Found) -> tuple[str, str]:
         return "backward", text
     if found.trials[0].norm is not None and not _lights(found).passed:
         return "norm", "All gradients are right, and the norm is not."
-    sent, enough = _traffic(found)
     return "traffic", (
-        f"All numbers are right. A rank sends {sent:,.0f} bytes, and {enough:,.0f} are enough: is "
-        "something joined or summed whole of which each rank needs its piece alone?"
+        f"All numbers are right. A rank sends {sent:,.0f} bytes, and {enough:,.0f} are enough: "
+        "which collective brings a rank what it has already, or more than its piece?"
     )
 
 
@@ -343,7 +371,7 @@ def _refused(name: str, size: int, error: RankError) -> Verdict:
     before, mark, refusal = str(error).rpartition("Refusal: ")
     if mark:
         kind, text, *place = ast.literal_eval(refusal.strip())
-        if place:
+        if place and place[1]:
             source = linecache.getline(*place).strip()
             text += f", line {place[1]}" + (f": {source}" if source else "")
         return Verdict(name, kind, text, size)
@@ -396,10 +424,11 @@ def examine(
         return Verdict(name, "answer", f"{name} is answered by functions or classes, not {kinds}")
     if any(map(_unwritten, answers)):
         return Verdict(name, "unwritten")
-    for size in SIZES:
-        ranks = (world or own_world)(size)
+    ranks = (world or own_world)(max(SIZES))
+    for size in SIZES:      # two ranks are a group beside another one
         try:
-            verdict = _weigh(name, ranks(_trial, name, answers, 3 * ranks.timeout))
+            trials = ranks(_trial, name, answers, 3 * ranks.timeout, size)
+            verdict = _weigh(name, trials[:size])
         except RankError as error:
             verdict = _refused(name, size, error)
         except Exception as error:      # what cannot be pickled: a lock, an open file, other ranks

@@ -79,7 +79,12 @@ def test_the_cell_with_the_solution_is_green(cpu_ranks, monkeypatch, capsys, nam
 
 
 def test_no_notebook_shows_a_solution():
-    found = {name: bodies(solution(name)) for name in NAMES}
+    "But for what the puzzle itself gives: a constructor, say."
+    given = {name: bodies(the_cell(name)) for name in NAMES}
+    found = {
+        name: [body for body in bodies(solution(name)) if body not in given[name]]
+        for name in NAMES
+    }
     assert all(found[name] for name in NAMES)
     dense = {name: [_dense(body) for body in found[name]] for name in NAMES}
     for path in NOTEBOOKS:

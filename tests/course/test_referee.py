@@ -37,6 +37,14 @@ def test_a_wrong_answer_gets_the_hint_of_its_kind(cpu_ranks, name, at):
     assert str(verdict).splitlines()[-1] == f"hint: {verdict.hint}" and len(verdict.hint) > 20
 
 
+def test_a_sum_that_is_left_unused_is_told_from_one_that_is_not_made(cpu_ranks):
+    left, none = (
+        examine("f", wrong_file("f")[each], world=cpu_ranks) for each in ("leaves_the_sum", "no_sum")
+    )
+    assert left.kind == none.kind == "partial"
+    assert "left unused" in left.hint and "left unused" not in none.hint
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_empty_one_is_not_written_yet(name, capsys):
     judge(name, *answers(emptied(solution(name))))

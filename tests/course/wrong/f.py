@@ -1,6 +1,7 @@
 "Wrong answers to puzzle f, and the hint that each must get."
 
 import torch
+import torch.distributed as dist
 
 from megatron_edu.comm import all_reduce
 
@@ -35,6 +36,28 @@ class mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         return all_reduce(dy, ctx.group) / ctx.group.size(), None
+
+
+class leaves_the_sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        all_reduce(dy, ctx.group)
+        return dy, None
+
+
+class of_the_world(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return all_reduce(dy, dist.group.WORLD), None
 
 
 class forgets_to_return(torch.autograd.Function):
@@ -76,6 +99,8 @@ class overwrites_gradient(torch.autograd.Function):
 
 WRONG = [
     ("partial", no_sum),
+    ("partial", leaves_the_sum),
+    ("group", of_the_world),
     ("added_forward", sums_twice),
     ("over", mean),
     ("missing", forgets_to_return),

@@ -1,5 +1,6 @@
 "Wrong answers to puzzle row_linear, and the hint that each must get."
 
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_edu.comm import all_reduce
@@ -34,10 +35,35 @@ def no_sum(x, weight, bias, group):
     return F.linear(x, weight) + bias / group.size()
 
 
+def bias_of_the_first(x, weight, bias, group):
+    return reduce_from_tp(F.linear(x, weight, bias if group.rank() == 0 else None), group)
+
+
+def whole_bias_no_sum(x, weight, bias, group):
+    return F.linear(x, weight) + bias
+
+
+def no_bias(x, weight, bias, group):
+    return reduce_from_tp(F.linear(x, weight), group)
+
+
+def of_the_world(x, weight, bias, group):
+    return reduce_from_tp(F.linear(x, weight), dist.group.WORLD) + bias
+
+
+def detached(x, weight, bias, group):
+    return reduce_from_tp(F.linear(x, weight), group) + bias.detach()
+
+
 WRONG = [
     ("bias", bias_everywhere),
     ("over", bias_in_shares),
-    ("partial", bias_on_the_first),
+    ("one_rank", bias_on_the_first),
+    ("one_rank", bias_of_the_first),
+    ("no_bias", no_bias),
+    ("loss_partial", whole_bias_no_sum),
+    ("group", of_the_world),
+    ("missing", detached),
     ("missing", no_autograd),
     ("times", sums_backward),
     ("traffic", gathers_all),
