@@ -157,6 +157,8 @@ _INK, _SIGNAL = "#333333", "#ffdf80"    # lines and letters; collectives
 
 
 def _width(text: str, size: float, weight: str = "normal") -> float:
+    if not text:
+        return 0.0
     return TextPath((0, 0), text, size, prop={"weight": weight}).get_extents().width / 72
 
 
@@ -359,7 +361,7 @@ def draw_flow(
     ax.axis("off")
     space = ax.get_position().size * ax.figure.get_size_inches()
     picture.ax, picture.scale = ax, min(space / (width, height))
-    size = min(11, 11 * width / max(width, _width(title, 11, "bold") + 0.1))
+    size = 11 * width / max(width, _width(title, 11, "bold") + 0.1)
     picture.text(width / 2, height - 0.13, title, size, weight="bold")
     bottom = 0.05 + 0.14 * len(lines)
     picture.draw_pass("forward", bottom + 2 * one, width)
