@@ -332,8 +332,8 @@ def _used_by_one(name: str) -> Hint:
 
     return Hint(
         "one_rank", seen,
-        f"The loss is right, and some ranks have no gradient of {name}. Each rank has a copy of it, "
-        "and copies stay equal only if all make the same use of theirs.",
+        f"The loss is right, and some ranks have no gradient of {name}. Each rank has a copy of "
+        "it, and copies stay equal only if all make the same use of theirs.",
     )
 
 

@@ -306,8 +306,8 @@ _GRADIENT_HINTS = {
     "add up to the right one. Which of the two passes has to meet the others?",
     "times": "The loss is right, and the gradient of {key} is {t} times too large: all ranks have "
     "it already, and it is added up once more.",
-    "over": "The loss is right, and the gradient of {key} is 1/{t} of the right one: a sum over the "
-    "ranks became a mean, or what each rank holds whole was used as a share.",
+    "over": "The loss is right, and the gradient of {key} is 1/{t} of the right one: a sum over "
+    "the ranks became a mean, or what each rank holds whole was used as a share.",
     "summed": "The loss is right, and the gradient of {key} is on each rank the sum over all "
     "ranks. Each rank has a piece of {key} that is its own: whose gradients may not be mixed?",
 }

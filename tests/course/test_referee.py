@@ -38,8 +38,9 @@ def test_a_wrong_answer_gets_the_hint_of_its_kind(cpu_ranks, name, at):
 
 
 def test_a_sum_that_is_left_unused_is_told_from_one_that_is_not_made(cpu_ranks):
+    wrong = wrong_file("f")
     left, none = (
-        examine("f", wrong_file("f")[each], world=cpu_ranks) for each in ("leaves_the_sum", "no_sum")
+        examine("f", wrong[each], world=cpu_ranks) for each in ("leaves_the_sum", "no_sum")
     )
     assert left.kind == none.kind == "partial"
     assert "left unused" in left.hint and "left unused" not in none.hint
