@@ -5,16 +5,21 @@ BASE_PYTHON = python3
 BIN = .venv/bin
 READY = .venv/.installed
 
-# Further options of JupyterLab: make LAB=--no-browser lab
-LAB =
+# The folder that `make lab` copies the course to; another one: make LAB=~/my_lab lab
+LAB = lab
+# Copy alone: make LAB_OPTIONS=--no-open lab; further options of JupyterLab stand after --:
+# make LAB_OPTIONS="-- --no-browser --port=9000" lab
+LAB_OPTIONS =
 
-.PHONY: help demo test lab gpu export readme clean lint
+.PHONY: help demo test check lab gpu export readme clean lint
 
 help:
 	@echo "make demo     install into .venv; the checks, a mistake, then a small GPT-2 is trained"
 	@echo "              (a BERT, afterwards: .venv/bin/megatron-edu demo --model bert)"
 	@echo "make test     install into .venv, then all checks"
-	@echo "make lab      install into .venv, then open the course in JupyterLab, on this machine alone"
+	@echo "make check    install into .venv, then what a small change breaks first, in about two minutes"
+	@echo "make lab      install into .venv, then open a copy of the course in JupyterLab, in lab/"
+	@echo "              (after a git pull, too: what you wrote stays; another folder: LAB=~/my_lab)"
 	@echo "make gpu      install into .venv, then check and time what this machine's GPUs allow"
 	@echo "make export   write megatron_edu/ from the notebooks"
 	@echo "make readme   write README.md from nbs/index.ipynb"
@@ -46,9 +51,11 @@ demo: $(READY)
 test: $(READY)
 	@$(BIN)/python tools/checks.py
 
+check: $(READY)
+	@$(BIN)/python tools/checks.py library clean lint front_page quick_tests
+
 lab: $(READY)
-	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --ServerApp.root_dir=nbs \
-	    --LabApp.default_url=/lab/tree/index.ipynb $(LAB)
+	@$(BIN)/python tools/lab.py --to "$(LAB)" $(LAB_OPTIONS)
 
 gpu: $(READY)
 	@PYTHONPATH=. $(BIN)/python tools/gpu_check.py

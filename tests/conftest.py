@@ -12,7 +12,7 @@ from megatron_edu.ranks import Ranks
 
 # The least number of distributed cases a full run on gloo must have run. It follows the suite:
 # raise it to the printed count whenever cases are added, so that none is lost unnoticed.
-DISTRIBUTED_FLOOR = 2067
+DISTRIBUTED_FLOOR = 2173
 
 # Why a test may be skipped on gloo. Any other skip fails the session.
 DATA_UNSET = "MEGATRON_EDU_DATA is unset: it names the folder of development data"
@@ -146,8 +146,17 @@ def complaints(config) -> list[str]:
     return found
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    "With `-n`: a worker ended, and hands over which cases ran on several ranks there."
+    distributed.update(getattr(node, "workeroutput", {}).get("distributed", []))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session, exitstatus):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["distributed"] = sorted(distributed)
+        return
     if exitstatus == pytest.ExitCode.OK and complaints(session.config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

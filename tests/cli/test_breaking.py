@@ -156,8 +156,8 @@ def test_a_summary(report, loss, others, said):
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_lesson_of_a_mistake_exists(name):
-    chapter, section = EVERY[name].lesson
-    assert (ROOT / chapter).is_file() and section.startswith(("section", "appendix"))
+    lesson, section = EVERY[name].lesson
+    assert (ROOT / lesson).is_file() and section.startswith(("section", "appendix"))
 
 
 def test_the_nearest_entry_decides_the_lesson():

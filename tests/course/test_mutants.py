@@ -30,7 +30,7 @@ def cases(mutants, subject):
     return [(subject, name, tp, dp) for name, dp in sizes for tp in WIDTHS[dp]]
 
 
-# What GPT-2's chapter makes wrong in code that BERT uses, too; on two ranks each.
+# What GPT-2's lesson makes wrong in code that BERT uses, too; on two ranks each.
 INHERITED = [
     ("bert", name, 2, mutant.dp)
     for name, mutant in MUTANTS.items()

@@ -44,8 +44,14 @@ def test_quartiles():
     assert bench.quartiles([5.0, 1.0, 3.0, 2.0, 4.0]) == (2.0, 3.0, 4.0)
 
 
-@pytest.mark.parametrize("goal, verdict", [(0.6, "reached"), (0.59, "missed")])
-def test_a_verdict_compares_the_median(goal, verdict):
+@pytest.mark.parametrize(
+    "goal, verdict",
+    [
+        (2.55, "reached"), (2.54, "undecided"), (0.6, "undecided"), (0.55, "undecided"),
+        (0.54, "missed"),
+    ],
+)
+def test_a_verdict_needs_three_quarters_of_the_rounds(goal, verdict):
     page = bench.report(result([1.0, 1.2, 9.0], [2.0] * 3, goal=goal))
     (row,) = re.findall(rf"\| time \| {OURS} .*", page)
     assert row.endswith(f"| 0.600 (0.550-2.550) | {goal:.2f} | {verdict} |")
