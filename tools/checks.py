@@ -165,8 +165,14 @@ def execute(path: Path) -> str:
 
 
 def pytest(*arguments: str) -> list[str]:
-    "Run pytest and let it print. Its exit status, if not 0."
-    status = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT).returncode
+    """Run pytest and let it print. Its exit status, if not 0.
+
+    One thread for each process, since several run at a time: threads that wait for one another on
+    too few cores take twice as long.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", *arguments]
+    status = subprocess.run(command, cwd=ROOT, env=environment).returncode
     return [f"pytest ended with exit status {status}"] * (status != 0)
 
 
