@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from .checks import check_kind
+from .compiler import uncompiled
 
 # %% ../nbs/library/00_definitions.ipynb #fadd1554
-@torch.compiler.disable
+@uncompiled
 def _check_on_host(ids: torch.Tensor, limit: int, what: str, remedy: str) -> None:
     outside = (ids < 0) | (ids >= limit)
     if outside.any():

@@ -211,11 +211,17 @@ def _without_main():
             sys.modules["__main__"] = main
 
 # %% ../nbs/library/00_ranks.ipynb #b799561c
+def _preloaded() -> list[str]:
+    "What the fork server imports once for all ranks. Models on the meta device use the compiler."
+    own = sorted(name for name in sys.modules if name.startswith("megatron_edu."))
+    return ["torch", "torch.distributed", "torch._dynamo", "cloudpickle", *own]
+
+
 def _start(world: _World, size: int, backend: str, timeout: float, threads: int | None) -> None:
     "Fill an empty world with ranks, and wait until they have met."
     _make_room_for_sockets()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "cloudpickle"])
+    context.set_forkserver_preload(_preloaded())
     for rank in range(size):
         ours, theirs = context.Pipe()
         process = context.Process(

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm import all_gather_start, all_reduce, group_rank, group_size
+from ..compiler import uncompiled
 from ..definitions import check_ids
 from .embedding import check_vocab_size
 
@@ -116,7 +117,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return grad_logits.to(ctx.dtype), None, None, None, None
 
 # %% ../../nbs/course/2_gpt2/12_vocabulary.ipynb #36e6d907
-@torch.compiler.disable
+@uncompiled
 def vocab_parallel_cross_entropy(
     local_logits: torch.Tensor,                 # (..., v/t): this rank's columns; left intact
     targets: torch.Tensor,                      # (...) ids in the whole vocabulary

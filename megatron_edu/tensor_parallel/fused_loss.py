@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm import all_gather_start, group_rank, group_size
+from ..compiler import uncompiled
 from .cross_entropy import check_targets, hide_padding, own_columns
 from .mappings import Region
 
@@ -118,7 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return pending.wait(), grad_weight, grad_bias, None, None, None, None
 
 # %% ../../nbs/course/2_gpt2/13_fused_loss.ipynb #1d4e592c
-@torch.compiler.disable
+@uncompiled
 def linear_cross_entropy(
     x: torch.Tensor,                            # (..., h) input of the output layer, whole
     weight: torch.Tensor,                       # (v/t, h): this rank's rows of the output layer

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm import group_rank, group_size
+from ..compiler import uncompiled
 
 # %% ../../nbs/course/2_gpt2/09_random_streams.ipynb #cccbc147
 def mix_seed(
@@ -40,7 +41,7 @@ def seed_replica(
     torch.manual_seed(mix_seed(seed, dp_rank, pp_rank))
 
 # %% ../../nbs/course/2_gpt2/09_random_streams.ipynb #a43c46c2
-@torch.compiler.disable
+@uncompiled
 def _draw_seed(rank: int) -> int:
     "A seed for one rank: a number from the replicated stream, mixed with the rank."
     return mix_seed(int(torch.randint(2**62, (), device="cpu")), rank)
