@@ -356,8 +356,10 @@ def start_script(folder: Path, text: str, **variables: str) -> subprocess.Popen:
 
 
 def nothing_stays(folder: Path, pids: list[int]) -> bool:
-    "No process of a script, and no folder of a world."
-    return all_gone(pids) and not list(folder.glob("tmp/megatron_edu_ranks_*"))
+    "No process of a script, and no file of a world, now or soon: a rank may leave last."
+    files = "tmp/megatron_edu_ranks_*"
+    wait_for(lambda: not list(folder.glob(files)), f"the end of {files}")
+    return all_gone(pids)
 
 
 def first_lines(process: subprocess.Popen) -> list[int]:

@@ -492,8 +492,8 @@ print(*sorted(name for name in sys.modules if name.startswith("megatron_edu")))
 """
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
-    modules = ["", ".checks", ".config", ".definitions", ".reference", ".reference.bert"]
-    modules += [".reference.gpt2", ".weights"]
+    modules = ["", ".checks", ".compiler", ".config", ".definitions", ".reference"]
+    modules += [".reference.bert", ".reference.gpt2", ".weights"]
     assert run.stdout.split() == ["megatron_edu" + module for module in modules]
 
 
