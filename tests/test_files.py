@@ -302,7 +302,7 @@ CHANGES = {
 NESTED = {
     "a file added to a checkpoint": lambda p: (p / "step-00000001" / "notes").touch(),
     "a byte of weights": lambda p: (
-        (p / "step-00000002" / "model.safetensors").open("r+b").write(b"\1")
+        (p / "step-00000002" / "model-00000.safetensors").open("r+b").write(b"\1")
     ),
     "a mark of a checkpoint": lambda p: (p / "step-00000002" / MARK).write_text("{}"),
     "a checkpoint copied": lambda p: shutil.copytree(p / "step-00000001", p / "step-00000009"),

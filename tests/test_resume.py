@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from plain import make_plain
 from safetensors.torch import load_file, save_file
 
 from megatron_edu import resume
@@ -77,6 +78,14 @@ def whole(tokens, tmp_path_factory) -> Path:
 @pytest.fixture
 def copy(whole, tmp_path) -> Path:
     return shutil.copytree(whole, tmp_path / "run")
+
+
+@pytest.fixture
+def unindexed(copy) -> Path:
+    "The same, as older versions wrote it."
+    for folder in copy.glob("step-*"):
+        make_plain(folder)
+    return copy
 
 
 def content(folder: Path) -> dict:
@@ -245,8 +254,8 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_passed_over(copy, kind):
-    damage, named = DAMAGE[kind]
+def test_a_damaged_checkpoint_is_named_and_passed_over(unindexed, kind):
+    copy, (damage, named) = unindexed, DAMAGE[kind]
     last = copy / "step-00000006"
     damage(last)
     checkpoint, notes, later = choose_checkpoint(copy, "auto")
@@ -261,8 +270,9 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(copy, kind):
 
 @pytest.mark.parametrize("kind", ["a weight is NaN", "moments are gone", "no step", "a file"])
 def test_a_run_goes_on_past_a_damaged_checkpoint_as_if_there_were_none(
-    copy, whole, tokens, capsys, kind
+    unindexed, whole, tokens, capsys, kind
 ):
+    copy = unindexed
     DAMAGE[kind][0](copy / "step-00000006")
     run_here(plan(copy, resume="auto"), tokens)
     assert losses(copy) == losses(whole)
@@ -274,7 +284,8 @@ def test_a_run_goes_on_past_a_damaged_checkpoint_as_if_there_were_none(
 
 
 @pytest.mark.parametrize("where", ["state.json", W, M])
-def test_nothing_hangs_on_a_pipe(copy, where):
+def test_nothing_hangs_on_a_pipe(unindexed, where):
+    copy = unindexed
     path = copy / "step-00000006" / where
     path.unlink()
     os.mkfifo(path)

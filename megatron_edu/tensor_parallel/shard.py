@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from ..checks import check_kind, check_kinds
 from ..comm import all_gather, group_rank, group_size
+from ..slices import Box, pieces_of, unit_of, whole
 
 # %% auto #0
 __all__ = ['ReadRows', 'PIECE', 'check_divides', 'checked_size', 'Placement', 'placements', 'shard_rules', 'check_shape', 'check_state', 'shard_state_dict', 'gather_state_dict', 'gather_tensors', 'fill_slice', 'fill', 'Shard']
@@ -71,13 +72,36 @@ class Placement(NamedTuple):
 
     def own_rows(self, own: torch.Tensor) -> list[range]:
         "The rows of the full parameter that this rank has, in the order in which it has them."
-        rows = own.shape[0]
         if self.rule is None or self.rule.dim != 0:
-            return [range(rows)]
-        part = rows // self.rule.blocks
+            return [range(own.shape[0])]
+        return [range(box.start[0], box.stop()[0]) for _, box in self.boxes(own)]
+
+    def boxes(
+        self,
+        own: torch.Tensor,          # this rank's slice
+    ) -> list[tuple[Box, Box]]:     # one for each fused block: in the slice, in the full parameter
+        "Which parts of the full parameter this rank has, and where."
+        all_of_it = whole(own.shape)
+        if self.rule is None:
+            return [(all_of_it, all_of_it)]
+        dim, blocks = self.rule.dim, self.rule.blocks
+        part = own.shape[dim] // blocks
         rank, block = group_rank(self.group), part * group_size(self.group)
-        starts = [i * block + rank * part for i in range(self.rule.blocks)]
-        return [range(start, start + part) for start in starts]
+        there = [all_of_it.along(dim, i * block + rank * part, part) for i in range(blocks)]
+        return [(all_of_it.along(dim, i * part, part), box) for i, box in enumerate(there)]
+
+    def pieces(
+        self,
+        own: torch.Tensor,          # this rank's slice
+    ) -> Iterator[tuple[Box, torch.Tensor]]:
+        "The pieces in which a checkpoint has this rank's slice, and views of their numbers."
+        dim = None if self.rule is None else self.rule.dim
+        for inside, box in self.boxes(own):
+            unit = 0
+            if dim is not None:
+                unit = unit_of(box.shape[dim] * group_size(self.group), box.shape[dim])
+            for piece in pieces_of(box, dim, unit, own.element_size()):
+                yield piece, own[inside.within()][piece.within(box.start)]
 
 
 def placements(

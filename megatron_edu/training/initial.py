@@ -18,6 +18,7 @@ from ..models.architecture import architecture_of, resolve
 from ..models.gpt2 import Transformer
 from megatron_edu.resume import (
     CONFIG,
+    PLAIN,
     STATE,
     checkpoints,
     differences,
@@ -26,8 +27,9 @@ from megatron_edu.resume import (
     refusal,
     resolved,
 )
+from ..slices import Slices
 from ..tensor_parallel.shard import fill
-from .checkpoint import MODEL, opened, rows_of
+from .checkpoint import rows_of
 from ..weights import with_padding
 
 # %% ../../nbs/library/training/00_initial.ipynb #f9fc0a71
@@ -91,9 +93,8 @@ def load_initial(
     from megatron_edu.interop.huggingface import load_huggingface
 
     if source.ours:
-        path = source.folder / MODEL
-        with opened(path) as file:
-            fill(model, with_padding(rows_of(file, path), model.config))
+        with Slices(source.folder, PLAIN[0]) as slices:
+            fill(model, with_padding(rows_of(slices), model.config))
         return []
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", UserWarning)

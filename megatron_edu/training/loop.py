@@ -22,6 +22,7 @@ from ..data.token_file import TokenFile
 from ..data.prepare import read_tokenizer
 from ..data.wordpiece import WordPiece
 from ..errors import Stopped, handled
+from ..first_rank import any_text, on_first_rank, share_text
 from ..machine import keep_freed_memory
 from ..mesh import ParallelGroups
 from ..models.architecture import architecture_of, build_model
@@ -37,12 +38,7 @@ from megatron_edu.resume import (
     set_aside,
 )
 from ..tensor_parallel.random import mix_seed, seed_replica
-from megatron_edu.training.checkpoint import (
-    _from_writer,
-    load_optimizer,
-    load_weights,
-    save_checkpoint,
-)
+from .checkpoint import load_optimizer, load_weights, save_checkpoint
 from .data_parallel import DataParallel
 from .initial import Source, check_finite, check_sizes, find_source, load_initial
 from .journal import Journal, plot_metrics
@@ -53,6 +49,15 @@ from .step import train_step
 from .validation import validate
 
 # %% ../../nbs/library/training/00_loop.ipynb #b7bfc7f6
+class _Unreadable(ValueError):
+    "A checkpoint that one of the ranks cannot read, and so is none for all."
+
+
+def _world() -> dist.ProcessGroup | None:
+    "All ranks; None: this process alone."
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
 def _first_rank_decides(
     decision: Callable[[], tuple[str, Decision]],   # called on the first rank; may raise
     device: torch.device,
@@ -64,7 +69,7 @@ def _first_rank_decides(
             told, made = decision()
         except (ValueError, OSError) as error:
             told, failure = f"no {error}", error
-    told = _from_writer(told, device)
+    told = share_text(told, _world(), device)
     if failure is not None:
         raise failure
     if told.startswith("no "):
@@ -78,15 +83,15 @@ def _decision(
     vocab_size: int,            # that its ids must be below
     init_from: Path | None,
     origin: dict | None,
+    damaged: dict[Path, str],   # checkpoints that the ranks have tried
 ) -> tuple[str, Decision]:      # step N, or begin, perhaps with the folder of the first weights
     "What the first rank decides. The tokens are read here, unless an earlier start has done so."
-    made = decide(config, token_file.prefix, token_file.num_tokens, init_from, origin)
+    made = decide(config, token_file.prefix, token_file.num_tokens, init_from, origin, damaged)
     data = made.record["data"]
     if token_file.known_vocab is None:
         token_file.known_vocab = data.get("vocab_size")
     token_file.check_vocab(vocab_size)
     data["vocab_size"] = token_file.known_vocab
-    made.notes.extend(set_aside(made.later))
     if made.checkpoint is not None:
         return f"step {made.checkpoint.step}", made
     if init_from is None:
@@ -163,22 +168,32 @@ def begin_run(
     source: Source | None = None,       # of the weights of a first step; None: of the seed
     record: dict | None = None,         # what its checkpoints say beside the configuration
 ) -> Run:
-    "Model, optimizer and data of a run. Raises `ValueError` for what does not fit together."
+    """Model, optimizer and data of a run. Raises `ValueError` for what does not fit together.
+
+    Every rank calls it. What one cannot read of a checkpoint is raised on all of them."""
     drawn = checkpoint is None and source is None
     model = build_model(config.model, groups.tp_group, seed=config.run.seed if drawn else None)
     model.recompute = config.run.recompute
     state, notes = {"step": 0, "consumed": 0}, []
     if checkpoint is not None:
-        load_weights(checkpoint, model)
         state = {"consumed": 0, **load_state(checkpoint)}
     elif source is not None:
         notes = load_initial(source, model)
     else:
         where = f"init_std={config.model.init_std}"
         check_finite(dict(model.named_parameters()), where)
-    optimizer = make_optimizer(model.to(device), config.optimizer)
-    if checkpoint is not None:
-        load_optimizer(checkpoint, model, optimizer)
+    failure = ""
+    try:
+        if checkpoint is not None:
+            load_weights(checkpoint, model)
+        optimizer = make_optimizer(model.to(device), config.optimizer)
+        if checkpoint is not None:
+            load_optimizer(checkpoint, model, optimizer)
+    except ValueError as error:
+        failure = str(error)
+    failure = any_text(failure, _world(), device)
+    if failure:
+        raise _Unreadable(failure)
     step, consumed = state["step"], state["consumed"]
     data = Data.open(token_file, config, groups, device, tokenizer, step, consumed)
     sampler = data.sampler(data.train, consumed)
@@ -220,15 +235,23 @@ def train(
         def decision() -> tuple[str, Decision]:
             nonlocal owner
             owner = owner or stack.enter_context(own_run(out))
-            return _decision(config, token_file, vocab_size, init_from, origin)
+            return _decision(config, token_file, vocab_size, init_from, origin, damaged)
 
-        told, made = _first_rank_decides(decision, device)
-        token_file.known_vocab = vocab_size     # looked at by the first rank, for all
-        what, _, where = told.partition(" ")
-        checkpoint = checkpoint_folder(out, int(where)) if what == "step" else None
-        source = find_source(where) if what == "begin" and where else None
-        start = checkpoint, tokenizer, source, made.record
-        run = begin_run(config, token_file, groups, device, *start)
+        run, damaged = None, {}
+        while run is None:
+            told, made = _first_rank_decides(decision, device)
+            token_file.known_vocab = vocab_size     # looked at by the first rank, for all
+            what, _, where = told.partition(" ")
+            checkpoint = checkpoint_folder(out, int(where)) if what == "step" else None
+            source = find_source(where) if what == "begin" and where else None
+            start = checkpoint, tokenizer, source, made.record
+            try:
+                run = begin_run(config, token_file, groups, device, *start)
+            except _Unreadable as error:
+                if config.run.resume != "auto":
+                    raise ValueError(str(error)) from None
+                damaged[checkpoint] = str(error)    # so that the one before is tried
+        on_first_rank(lambda: made.notes.extend(set_aside(made.later)), _world(), device)
         run.owner = owner
         journal = Journal(config, run.step, groups.tp_rank == groups.dp_rank == 0, quiet)
         stack.callback(journal.close)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from gpt2_cases import config
+from plain import make_plain
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
 
@@ -907,7 +908,7 @@ def test_generate_on_two_ranks_writes_the_same(run, capfd):
 def test_nothing_is_written_if_one_rank_cannot_read_its_weights(run, tmp_path, capfd):
     "The number that is none lies in the slice of the second rank alone."
     shutil.copytree(run, tmp_path / "run")
-    path = latest_checkpoint(tmp_path / "run") / "model.safetensors"
+    path = make_plain(latest_checkpoint(tmp_path / "run")) / "model.safetensors"
     weights = load_file(path)
     weights["wte.weight"][-1] = torch.nan
     save_file(weights, path, metadata={"format": "pt"})
@@ -1285,7 +1286,7 @@ def test_convert_a_bert_both_ways_with_its_tokenizer(sentences, tmp_path, order)
 
 
 def test_convert_takes_a_checkpoint_of_weights_alone(run, tmp_path, capsys):
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "index.json", "model-00000.safetensors", MARK):
         shutil.copy(run / "step-00000004" / name, tmp_path)
     cli.main(f"convert --from {tmp_path} --to {tmp_path / 'theirs'}".split())
     assert transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "theirs").config.n_layer == 1

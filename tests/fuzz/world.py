@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from fuzz.cases import TRAIN, TRAIN_BERT
+from plain import make_plain
 
 WORDS = "the a cat dog sat ran on under mat tree house river stone green blue old new".split()
 DOCUMENTS = 40
@@ -83,6 +84,8 @@ def make() -> None:
     other_tokenizers(texts)
     pairs()
     main(f"{TRAIN} --data gpt2 --out run".split())
+    for folder in Path("run").glob("step-*"):       # of this version: tests/training/test_damage.py
+        make_plain(folder)
     shutil.copytree("run", "earlier")
     shutil.rmtree("earlier/step-00000002")
     main(f"{TRAIN_BERT} --data bert --out run_bert".split())

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from limits import HANG
+from plain import full_tensors, make_plain
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -23,18 +24,22 @@ from megatron_edu.tensor_parallel.norm import clip_grad_norm
 from megatron_edu.tensor_parallel.shard import gather_state_dict
 from megatron_edu.training import checkpoint
 from megatron_edu.training.checkpoint import (
+    MODEL,
+    OPTIMIZER,
     latest_checkpoint,
     load_model,
     load_optimizer,
     load_state,
     load_weights,
     save_checkpoint,
-    write_folder,
 )
 from megatron_edu.training.optimizer import OptimizerConfig, make_optimizer
 
 TINY = GPT2Config(2, 32, 4, vocab_size=90, max_seq_len=12, dropout=0.0, vocab_multiple=24)
-FILES = ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+FILES = [
+    "config.json", "index.json", "model-00000.safetensors", "optimizer-00000.safetensors",
+    "state.json",
+]
 
 
 def batch(number, device="cpu"):
@@ -96,18 +101,24 @@ def test_another_number_of_ranks_takes_the_same_next_steps(ranks, device, tmp_pa
 
 
 @pytest.mark.world(4)
-def test_replicas_write_once_and_the_files_are_those_of_one_rank(ranks, device, tmp_path):
-    ranks(4)(first_steps, tmp_path / "grid", 2, 2, device)
+@pytest.mark.parametrize(("tp", "dp"), [(2, 2), (1, 4), (4, 1)])
+def test_all_ranks_write_their_share_of_the_same_tensors(ranks, device, tmp_path, tp, dp):
+    ranks(4)(first_steps, tmp_path / "grid", tp, dp, device)
     first_steps(tmp_path / "one", 1)
-    for name in FILES[1:3]:
-        folders = [tmp_path / run / "step-00000003" for run in ("grid", "one")]
-        opened = [safe_open(folder / name, "pt") for folder in folders]
-        grid, one = ({key: file.get_tensor(key) for key in file.keys()} for file in opened)
-        torch.testing.assert_close(grid, one, rtol=0, atol=1e-10)
+    folders = [tmp_path / run / "step-00000003" for run in ("grid", "one")]
+    for part in (MODEL, OPTIMIZER):
+        torch.testing.assert_close(*(full_tensors(f, part) for f in folders), rtol=0, atol=1e-10)
+        pieces = {f: sorted(f.glob(f"{part}-*")) for f in folders}
+        sizes = [path.stat().st_size for path in pieces[folders[0]]]
+        assert len(sizes) == 4 and max(sizes) < 1.2 * min(sizes)
+        keys = [[key for path in found for key in safe_open(path, "pt").keys()]
+                for found in pieces.values()]
+        assert sorted(keys[0]) == sorted(keys[1])       # the pieces do not depend on the grid
+        assert len(set(keys[0])) == len(keys[0])
     assert sorted(path.name for path in (tmp_path / "grid").iterdir()) == [MARK, "step-00000003"]
 
 
-def test_the_folder_holds_four_files_and_the_reference_reads_the_weights(tmp_path):
+def test_what_the_folder_holds_and_the_reference_reads_the_weights(tmp_path):
     model, optimizer = new()
     step(model, optimizer, 0)
     folder = save_checkpoint(tmp_path, 1, model, optimizer, state={"consumed": 4})
@@ -115,8 +126,7 @@ def test_the_folder_holds_four_files_and_the_reference_reads_the_weights(tmp_pat
     assert json.loads((folder / "config.json").read_text())["model"]["hidden_size"] == 32
     assert load_state(folder) == {"step": 1, "consumed": 4}
     plain = reference.GPT2(TINY, seed=7).double()
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        plain.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    plain.load_state_dict(full_tensors(folder, MODEL))
     assert torch.equal(plain.loss(*batch(0)), reference_loss(model))
 
 
@@ -149,7 +159,7 @@ def test_the_latest_is_the_highest_whole_one(tmp_path):
     assert latest_checkpoint(tmp_path) == tmp_path / "step-100000000"
 
 
-def fail_after_half(tensors, path, metadata):
+def fail_after_half(path, pieces):
     path.write_bytes(b"half")
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -158,7 +168,7 @@ def fail_after_half(tensors, path, metadata):
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, number):
     first_steps(tmp_path, 1)
     before = {path.name: path.read_bytes() for path in (tmp_path / "step-00000003").iterdir()}
-    monkeypatch.setattr(checkpoint, "save_file", fail_after_half)
+    monkeypatch.setattr(checkpoint, "write_pieces", fail_after_half)
     with pytest.raises(OSError, match=f"step-0000000{number} could not be saved .*No space left"):
         save_checkpoint(tmp_path, number, *new())
     assert sorted(path.name for path in tmp_path.iterdir()) == [MARK, "step-00000003"]
@@ -166,9 +176,13 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path, monkeypatch, numb
     assert after == before
 
 
-def save_to_a_full_disk(run, tp, dp, device):
-    "What this rank is told, and whether it can go on."
-    checkpoint.save_file = fail_after_half
+WRITE_PIECES = checkpoint.write_pieces
+
+
+def save_to_a_full_disk(run, tp, dp, device, full):
+    "What this rank is told if one of them meets a full disk, and whether it can go on."
+    if dist.get_rank() == full:
+        checkpoint.write_pieces = fail_after_half
     groups = ParallelDims(tp=tp, dp=dp).build(device)
     try:
         save_checkpoint(run, 1, *new(groups.tp_group, device), groups=groups)
@@ -176,52 +190,58 @@ def save_to_a_full_disk(run, tp, dp, device):
     except OSError as error:
         told = str(error)
     finally:
-        checkpoint.save_file = SAVE_FILE
+        checkpoint.write_pieces = WRITE_PIECES
     total = torch.ones((), device=device)
     dist.all_reduce(total)
     return told, total.item()
 
 
-SAVE_FILE = checkpoint.save_file
-
-
+@pytest.mark.parametrize("full", [0, 1])
 @pytest.mark.parametrize(("tp", "dp"), [(2, 1), (1, 2)])
-def test_every_rank_is_told_why(ranks, device, tmp_path, tp, dp):
-    for told, total in ranks(2)(save_to_a_full_disk, tmp_path, tp, dp, device):
-        assert "could not be saved" in told and "No space left on device" in told
-        assert total == 2
+def test_every_rank_is_told_why(ranks, device, tmp_path, tp, dp, full):
+    answers = ranks(2)(save_to_a_full_disk, tmp_path, tp, dp, device, full)
+    assert answers[0] == answers[1] and answers[0][1] == 2
+    message = f"{tmp_path}/step-00000001 could not be saved ([Errno 28] No space left on device); "
+    assert answers[0][0].startswith(message.replace("[Errno 28] ", "")) or message in answers[0][0]
     assert list(tmp_path.iterdir()) == []
 
 
-def told(text, device):
-    "What this rank is told by the first, which alone knows it."
-    return checkpoint._from_writer(text if dist.get_rank() == 0 else "", device)
+def save_into_what_is_no_run(folder, device):
+    try:
+        save_checkpoint(folder, 1, *new(None, device), groups=ParallelDims(dp=2).build(device))
+    except OSError as error:
+        return str(error)
 
 
-@pytest.mark.world(2)
-def test_a_long_reason_is_cut_between_two_letters(ranks, device):
-    assert ranks(2)(told, "x" + "é" * 700, device) == ["x" + "é" * 499] * 2
+def test_every_rank_is_told_that_the_folder_is_none_of_a_run(ranks, device, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    answers = ranks(2)(save_into_what_is_no_run, tmp_path, device)
+    assert answers[0] == answers[1] and "files that are not ours" in answers[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_the_disk_has_every_file_before_the_folder_has_its_name(tmp_path, monkeypatch):
-    folder, synced = tmp_path / "new", []
+    folder, synced = tmp_path / "step-00000001", []
 
     def fsync(number):
         synced.append((os.fstat(number).st_ino, folder.exists()))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    write_folder(folder, {"a.safetensors": {"x": torch.ones(3)}}, {"a.json": {}, "b.json": {}})
+    model, optimizer = new()
+    step(model, optimizer, 0)
+    save_checkpoint(tmp_path, 1, model, optimizer)
     before = {number for number, named in synced if not named}
     assert before >= {path.stat().st_ino for path in [folder, *folder.iterdir()]}
-    assert synced[-1] == (tmp_path.stat().st_ino, True)     # then the name of the folder
+    assert (tmp_path.stat().st_ino, True) in synced         # then the name of the folder
 
 
 def test_what_others_left_under_like_names_stays(tmp_path):
-    for left in (".new.partial", ".new.old", ".new.01234567.partial"):
+    save_checkpoint(tmp_path, 0, *new())
+    for left in (".new.partial", ".step-00000001.old", ".step-00000001.01234567.partial"):
         (tmp_path / left).mkdir()
         (tmp_path / left / "half.json").write_text("{")
-    write_folder(tmp_path / "new", {}, {"a.json": {}})
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [MARK, "a.json"]
+    folder = save_checkpoint(tmp_path, 1, GPT2(TINY))
+    assert sorted(path.name for path in folder.iterdir()) == [MARK, *FILES[:3], FILES[4]]
     assert len(list(tmp_path.rglob("half.json"))) == 3
 
 
@@ -250,21 +270,21 @@ def test_a_real_limit_on_the_size_of_files(tmp_path):
 
 
 def test_ctrl_c_while_saving_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def interrupted(tensors, path, metadata):
+    def interrupted(path, pieces):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    monkeypatch.setattr(checkpoint, "write_pieces", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path, 1, *new())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_same_step_again_replaces_the_folder(tmp_path):
-    for text in ("first", "second"):
-        write_folder(tmp_path / "step-00000001", {}, {"state.json": {"text": text}})
-    assert json.loads((tmp_path / "step-00000001" / "state.json").read_text()) == {"text": "second"}
-    assert len(list(tmp_path.iterdir())) == 1
+    for number in (1, 2):
+        folder = save_checkpoint(tmp_path, 1, GPT2(TINY), state={"consumed": number})
+    assert load_state(folder) == {"step": 1, "consumed": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARK, "step-00000001"]
 
 
 def cut(folder):
@@ -302,7 +322,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_folder_says_which_file_and_what_to_do(tmp_path, kind):
-    folder = save_checkpoint(tmp_path, 1, GPT2(TINY))
+    folder = make_plain(save_checkpoint(tmp_path, 1, GPT2(TINY)))
     damage, message = DAMAGE[kind]
     damage(folder)
     with pytest.raises(ValueError, match=message):
@@ -311,7 +331,7 @@ def test_a_damaged_folder_says_which_file_and_what_to_do(tmp_path, kind):
 
 def test_state_and_moments_are_checked_too(tmp_path):
     first_steps(tmp_path, 1)
-    folder = tmp_path / "step-00000003"
+    folder = make_plain(tmp_path / "step-00000003")
     save_file({"exp_avg.surplus": torch.zeros(2)}, folder / "optimizer.safetensors")
     with pytest.raises(ValueError, match="no parameter surplus"):
         load_optimizer(folder, *new())
@@ -331,7 +351,7 @@ def test_state_and_moments_are_checked_too(tmp_path):
 def test_parameters_without_moments_begin_without(tmp_path, kept):
     "As of a head that no loss reads. Their age is that of a first step, too."
     first_steps(tmp_path, 1)
-    folder = tmp_path / "step-00000003"
+    folder = make_plain(tmp_path / "step-00000003")
     with safe_open(folder / "optimizer.safetensors", "pt") as file:
         own = {key: file.get_tensor(key) for key in file.keys() if key.split(".", 1)[1] in kept}
     save_file(own, folder / "optimizer.safetensors")
