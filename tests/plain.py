@@ -21,7 +21,9 @@ def full_tensors(folder: Path, part: str) -> dict[str, torch.Tensor]:
 
 
 def make_plain(folder: Path) -> Path:
-    "Write a checkpoint anew, in its place."
+    "Write a checkpoint anew, in its place, unless it is one already."
+    if not (folder / INDEX).exists():
+        return folder
     for part, name in zip((MODEL, OPTIMIZER), PLAIN, strict=True):
         tensors = full_tensors(folder, part)
         if tensors:

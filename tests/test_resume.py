@@ -137,6 +137,7 @@ def change(name, **entries):
     "Write other entries into a JSON file; None: leave them out."
 
     def damage(folder):
+        make_plain(folder)
         found = {**json.loads((folder / name).read_text()), **entries}
         kept = {key: value for key, value in found.items() if value is not None}
         (folder / name).write_text(json.dumps(kept))
@@ -162,7 +163,7 @@ def tensors(name, edit):
     "Change the tensors of a file."
 
     def damage(folder):
-        found = load_file(folder / name)
+        found = load_file(make_plain(folder) / name)
         edit(found)
         save_file(found, folder / name)
 
@@ -170,7 +171,11 @@ def tensors(name, edit):
 
 
 def cut(name, count):
-    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-count])
+    def damage(folder):
+        path = make_plain(folder) / name
+        path.write_bytes(path.read_bytes()[:-count])
+
+    return damage
 
 
 def nan_in(key, value=float("nan")):
@@ -243,7 +248,7 @@ DAMAGE = {
     "a weight is NaN": (tensors(W, nan_in("blocks.1.mlp.up.weight")), "blocks.1.mlp.up.weight"),
     "a weight is inf": (tensors(W, nan_in("ln_f.bias", float("inf"))), "ln_f.bias"),
     "moments are cut": (cut(M, 100), M),
-    "moments are gone": (lambda f: (f / M).unlink(), M),
+    "moments are gone": (lambda f: (f / M).unlink(), "lacks the moments"),
     "a moment alone": (tensors(M, lambda t: t.pop("exp_avg.ln_f.bias")), "ln_f.bias has one"),
     "a moment of nothing": (tensors(M, lambda t: t.update(x=torch.ones(1))), M),
     "a moment is NaN": (tensors(M, nan_in("exp_avg.ln_f.bias")), "exp_avg.ln_f.bias"),
@@ -348,7 +353,7 @@ def test_what_decides_model_and_data_stays(copy, tokens, change, words):
 
 def as_it_was_written(run: Path, step: int) -> None:
     "Make the checkpoint one of a time when the last documents of the file were held out."
-    path = run / f"step-{step:08d}" / "config.json"
+    path = make_plain(run / f"step-{step:08d}") / "config.json"
     described = json.loads(path.read_text())
     for name in ("split_seed", "test"):
         described["run"].pop(name)
@@ -415,6 +420,7 @@ def test_tokens_are_looked_at_once_in_the_life_of_a_run(copy, tokens, monkeypatc
     monkeypatch.setattr(token_file, "check_token_ids", spy)
     run_here(plan(copy, resume="auto", steps=7), tokens)
     assert looked == []
+    make_plain(copy / "step-00000007")
     described = json.loads((copy / "step-00000007" / "config.json").read_text())
     described["data"].pop("vocab_size")
     (copy / "step-00000007" / "config.json").write_text(json.dumps(described))
@@ -781,7 +787,7 @@ def test_options_that_are_not_given_are_the_runs(here, capsys, name):
 
 def older(folder):
     "As it was when recomputation was the model's: on."
-    path = Path(folder) / "config.json"
+    path = make_plain(Path(folder)) / "config.json"
     found = json.loads(path.read_text())
     del found["run"]["recompute"]
     found["model"]["recompute"] = True

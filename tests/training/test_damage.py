@@ -57,9 +57,10 @@ def train_on(config, prefix, device="cpu"):
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory) -> Path:
     chance, path = random.Random(0), tmp_path_factory.mktemp("data") / "tokens"
-    with TokenFileWriter(path) as writer:
+    with TokenFileWriter(path, vocab_size=96) as writer:
         for _ in range(12):
-            writer.add_document([chance.randrange(96) for _ in range(40)])
+            writer.append([chance.randrange(96) for _ in range(40)])
+            writer.end_document()
     return path
 
 
