@@ -13,7 +13,8 @@ from megatron_edu.config import PRESETS, GPT2Config
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import GPT2, Bert, build_model
 from megatron_edu.tensor_parallel.shard import Placement, Shard, fill, fill_slice, placements
-from megatron_edu.training.checkpoint import load_model, save_checkpoint
+from megatron_edu.slices import LARGEST
+from megatron_edu.training.checkpoint import kept_tensors, load_model, save_checkpoint
 from megatron_edu.weights import BLOCK, initial_rows, with_padding
 
 CONFIG = GPT2Config(2, 32, 4, vocab_size=300, max_seq_len=16, vocab_multiple=128)
@@ -147,6 +148,26 @@ def test_a_start_needs_at_most_two_slices(cpu_ranks, tmp_path, kind):
     folder = save_checkpoint(tmp_path / "run", 0, build_model(MODELS[kind]))
     for drawn, loaded in cpu_ranks(4)(peaks_of, kind, folder):
         assert 1 <= drawn < 2 and 1 <= loaded < 2
+
+
+def peak_of_a_save(run):
+    "Bytes that a save takes at most, and those of this rank's slices."
+    groups = ParallelDims(tp=2, dp=2).build()
+    model = build_model(MODELS["gpt2"], groups.tp_group).bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        moments = {kind: torch.zeros_like(parameter) for kind in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
+    kept = [t for parts in kept_tensors(model, optimizer).values() for t, _ in parts.values()]
+    with Allocations() as seen:
+        seen.alive |= {tensor.untyped_storage()._cdata for tensor in kept}     # was there before
+        save_checkpoint(run, 1, model, optimizer, groups=groups)
+    return seen.peak, sum(tensor.nbytes for tensor in kept)
+
+
+def test_a_save_needs_one_piece_beside_the_slices(cpu_ranks, tmp_path):
+    for peak, slices in cpu_ranks(4)(peak_of_a_save, tmp_path / "run"):
+        assert peak <= LARGEST + 1e6 < slices / 4
 
 
 @pytest.mark.parametrize("kind", [GPT2, Bert])
