@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
@@ -160,19 +161,23 @@ def note(
         pass
 
 
+_noting = threading.RLock()     # a checkpoint may get its name beside the training's own notes
+
+
 @contextmanager
 def _noted(folder: Path, entries: dict[str, dict]) -> Iterator[None]:
     "Note files that get their names in the block, before they do; if it fails, take that back."
-    mark = read_mark(folder)
-    if mark is None:
-        yield
-        return
-    _write_mark(folder, mark["kind"], mark["files"] | entries)
-    try:
-        yield
-    except BaseException:
-        _write_mark(folder, mark["kind"], mark["files"])
-        raise
+    with _noting:
+        mark = read_mark(folder)
+        if mark is None:
+            yield
+            return
+        _write_mark(folder, mark["kind"], mark["files"] | entries)
+        try:
+            yield
+        except BaseException:
+            _write_mark(folder, mark["kind"], mark["files"])
+            raise
 
 
 def sync_folder(folder: Path) -> None:

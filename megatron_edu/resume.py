@@ -479,7 +479,7 @@ FIELDS: dict[str, dict[str, str | None]] = {    # of each field: STAYS, or what 
         "precision": "losses are no longer those of the run so far",
         "compile": ROUNDING,
         "recompute": "less memory and more time, or the other way; the same numbers",
-        "eval_every": HABIT, "log_every": HABIT, "save_every": HABIT,
+        "eval_every": HABIT, "log_every": HABIT, "save_every": HABIT, "save_mode": HABIT,
         "eval_batches": "validation losses are no longer over the same samples",
     },
     "optimizer": {

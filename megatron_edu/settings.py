@@ -73,6 +73,7 @@ class RunConfig:
     eval_batches: int = 8                       # global batches of each validation loss
     log_every: int = 10                         # steps between lines where there is no terminal
     save_every: int = 1000                      # steps between checkpoints; one more at the end
+    save_mode: Literal["background", "sync"] = "background"     # a copy meanwhile; or wait for it
     resume: Literal["never", "auto"] | Path = "never"   # auto: from the last good one in `out`
 
     def __post_init__(self):
@@ -81,6 +82,8 @@ class RunConfig:
         for name in counts + ["micro_batch"] * (self.micro_batch is not None):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.save_mode not in ("background", "sync"):
+            raise ValueError(f"save_mode={self.save_mode!r}: must be 'background' or 'sync'")
         if not 0 < self.validation < 1:
             raise ValueError(
                 f"validation={self.validation}: must be a share of the documents between 0 and 1"

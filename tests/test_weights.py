@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,7 +15,12 @@ from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import GPT2, Bert, build_model
 from megatron_edu.tensor_parallel.shard import Placement, Shard, fill, fill_slice, placements
 from megatron_edu.slices import LARGEST
-from megatron_edu.training.checkpoint import kept_tensors, load_model, save_checkpoint
+from megatron_edu.training.checkpoint import (
+    Background,
+    kept_tensors,
+    load_model,
+    save_checkpoint,
+)
 from megatron_edu.weights import BLOCK, initial_rows, with_padding
 
 CONFIG = GPT2Config(2, 32, 4, vocab_size=300, max_seq_len=16, vocab_multiple=128)
@@ -150,8 +156,8 @@ def test_a_start_needs_at_most_two_slices(cpu_ranks, tmp_path, kind):
         assert 1 <= drawn < 2 and 1 <= loaded < 2
 
 
-def peak_of_a_save(run):
-    "Bytes that a save takes at most, and those of this rank's slices."
+def peak_of_a_save(run, beside):
+    "Bytes that a save takes at most, of this rank's slices, and of what it writes."
     groups = ParallelDims(tp=2, dp=2).build()
     model = build_model(MODELS["gpt2"], groups.tp_group).bfloat16()
     optimizer = torch.optim.AdamW(model.parameters())
@@ -161,13 +167,22 @@ def peak_of_a_save(run):
     kept = [t for parts in kept_tensors(model, optimizer).values() for t, _ in parts.values()]
     with Allocations() as seen:
         seen.alive |= {tensor.untyped_storage()._cdata for tensor in kept}     # was there before
-        save_checkpoint(run, 1, model, optimizer, groups=groups)
-    return seen.peak, sum(tensor.nbytes for tensor in kept)
+        saves = Background() if beside else None
+        save_checkpoint(run, 1, model, optimizer, groups=groups, background=saves)
+        if beside:
+            saves.result()
+    files = run.glob(f"step-00000001/*-{dist.get_rank():05d}.safetensors")
+    return seen.peak, sum(t.nbytes for t in kept), sum(path.stat().st_size for path in files)
 
 
 def test_a_save_needs_one_piece_beside_the_slices(cpu_ranks, tmp_path):
-    for peak, slices in cpu_ranks(4)(peak_of_a_save, tmp_path / "run"):
-        assert peak <= LARGEST + 1e6 < slices / 4
+    for peak, slices, own in cpu_ranks(4)(peak_of_a_save, tmp_path / "run", False):
+        assert peak <= LARGEST + 1e6 < slices / 4 < own
+
+
+def test_a_save_in_the_background_needs_a_copy_of_what_the_rank_writes(cpu_ranks, tmp_path):
+    for peak, slices, own in cpu_ranks(4)(peak_of_a_save, tmp_path / "run", True):
+        assert own < 0.6 * slices and peak <= own + LARGEST + 1e6
 
 
 @pytest.mark.parametrize("kind", [GPT2, Bert])

@@ -38,7 +38,12 @@ from megatron_edu.resume import (
     set_aside,
 )
 from ..tensor_parallel.random import mix_seed, seed_replica
-from .checkpoint import load_optimizer, load_weights, save_checkpoint
+from megatron_edu.training.checkpoint import (
+    Background,
+    load_optimizer,
+    load_weights,
+    save_checkpoint,
+)
 from .data_parallel import DataParallel
 from .initial import Source, check_finite, check_sizes, find_source, load_initial
 from .journal import Journal, plot_metrics
@@ -117,6 +122,7 @@ class Run:
     record: dict = field(default_factory=dict)      # what config.json says beside `config`
     owner: Owner | None = None                      # of the folder; known to the rank that saves
     notes: list[str] = field(default_factory=list)  # what there is to say of the first weights
+    background: Background | None = None            # writes checkpoints; None: `save` waits
 
     def advance(self) -> dict[str, float]:          # lr, and what `train_step` gives
         "Do one step. Raises `FloatingPointError` with its number if loss or norm are not finite."
@@ -130,14 +136,20 @@ class Run:
         except FloatingPointError as error:
             raise FloatingPointError(
                 f"step {step}: {error}; the weights are those of step {self.step}, the last "
-                f"checkpoint is {latest_checkpoint(config.run.out) or 'none'}; lower the learning "
-                "rate or lengthen the warm-up, and resume"
+                f"checkpoint is {self._last()}; lower the learning rate or lengthen the warm-up, "
+                "and resume"
             ) from None
         self.step = step
         return {"lr": lr, **numbers}
 
+    def _last(self) -> Path | str:
+        "The last checkpoint, when the one on its way is there."
+        if self.background is not None:
+            self.background.wait()
+        return latest_checkpoint(self.config.run.out) or "none"
+
     def save(self) -> Path:
-        """Write the checkpoint of the steps done.
+        """Write the checkpoint of the steps done, or begin to: see `background`.
 
         Raises `FloatingPointError` on every rank, and writes nothing, for weights that are not
         finite: no run can go on from them.
@@ -147,14 +159,13 @@ class Run:
         if all_reduce(torch.tensor(len(spoiled), device=self.data.device), world):
             raise FloatingPointError(
                 f"step {self.step}: {spoiled[0] if spoiled else 'a weight of another rank'} is no "
-                f"longer finite, and is not saved; the last checkpoint is "
-                f"{latest_checkpoint(self.config.run.out) or 'none'}; lower the learning rate or "
-                "lengthen the warm-up, and resume"
+                f"longer finite, and is not saved; the last checkpoint is {self._last()}; lower "
+                "the learning rate or lengthen the warm-up, and resume"
             )
         return save_checkpoint(
             self.config.run.out, self.step, self.model, self.optimizer,
             state=self.sampler.state_dict(), config={**self.record, **plain(self.config)},
-            groups=self.data.groups, owner=self.owner,
+            groups=self.data.groups, owner=self.owner, background=self.background,
         )
 
 # %% ../../nbs/library/training/00_loop.ipynb #d41e9828
@@ -206,6 +217,16 @@ def begin_run(
     return Run(config, data, *parts, step, record or {}, notes=notes)
 
 # %% ../../nbs/library/training/00_loop.ipynb #067406e6
+def _tell(saves: Background, journal: Journal) -> None:
+    "Wait for the save in the background, if there is one, and say how it went."
+    try:
+        folder = saves.result()
+        if folder is not None:
+            journal.say(f"saved {folder}")
+    except OSError as error:        # the run goes on; its earlier checkpoints are there
+        journal.say(f"no checkpoint: {error}")
+
+
 def train(
     config: TrainConfig,
     token_file: TokenFile,
@@ -221,7 +242,9 @@ def train(
 
     Every rank calls it. Writes to `config.run.out`: metrics.jsonl, loss.png, and a checkpoint every
     `save_every` steps, at the end, and before it raises `Stopped` for a signal (Ctrl-C is one, a
-    second one ends it at once). A new run takes its weights, and nothing else, from `init_from`.
+    second one ends it at once). A checkpoint on the way is written beside the training, from a
+    copy, and one that cannot be written is said, while the run goes on. A new run takes its
+    weights, and nothing else, from `init_from`.
     Raises `FloatingPointError` naming the step if loss or gradient are not finite, `OSError` if a
     checkpoint cannot be written; older ones stay. Raises `ValueError` for checkpoints that are all
     damaged, and for a run that is to go on as another one.
@@ -260,6 +283,9 @@ def train(
         if checkpoint is not None:
             journal.say(f"going on from {checkpoint}")
         plan, numbers = config.run, {}
+        saves = Background()
+        run.background = saves if plan.save_mode == "background" else None
+        stack.callback(_tell, saves, journal)
         if run.step == 0:
             before = validate(run.model, run.data)
             journal.say_validation(0, before)
@@ -275,8 +301,15 @@ def train(
                 journal.write(run.step, seconds, **numbers)
                 numbers = {}
                 stop = _any_rank(asked[0] if asked else 0, device)
+                if saves.has_ended():
+                    _tell(saves, journal)
                 if last or stop or run.step % plan.save_every == 0:
-                    journal.say(f"saved {run.save()}")
+                    _tell(saves, journal)
+                    folder = run.save()
+                    if last or stop:        # nothing is left to do meanwhile
+                        saves.result()
+                    if last or stop or run.background is None:
+                        journal.say(f"saved {folder}")
                 if stop and not last:
                     name = signal.Signals(stop).name
                     remedy = "go on with --resume auto"

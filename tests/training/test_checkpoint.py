@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from megatron_edu.training import checkpoint
 from megatron_edu.training.checkpoint import (
     MODEL,
     OPTIMIZER,
+    Background,
     latest_checkpoint,
     load_model,
     load_optimizer,
@@ -370,3 +372,75 @@ def test_weights_of_another_model_are_refused(tmp_path):
     other = GPT2(GPT2Config(2, 16, 4, vocab_size=90, max_seq_len=12, vocab_multiple=24))
     with pytest.raises(ValueError, match="wte.weight has shape .96, 32. .* needs .96, 16."):
         load_weights(folder, other)
+
+
+# ------------------------------------------------------------------------- beside the training
+
+
+def held(event):
+    "Pieces are written when the event is set."
+
+    def write(path, pieces):
+        assert event.wait(HANG)
+        return WRITE_PIECES(path, pieces)
+
+    return write
+
+
+def test_a_save_in_the_background_is_of_the_moment_when_it_began(tmp_path, monkeypatch):
+    go, saves = threading.Event(), Background()
+    monkeypatch.setattr(checkpoint, "write_pieces", held(go))
+    model, optimizer = new()
+    step(model, optimizer, 0)
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in model.named_parameters()}
+    folder = save_checkpoint(tmp_path, 1, model, optimizer, background=saves)
+    assert not folder.exists() and not saves.has_ended()
+    step(model, optimizer, 1)
+    go.set()
+    assert saves.result() == folder and saves.result() is None
+    found = full_tensors(folder, OPTIMIZER)
+    assert all(torch.equal(found[f"exp_avg.{name}"], value) for name, value in moments.items())
+    torch.testing.assert_close(full_tensors(folder, MODEL), weights, rtol=0, atol=0)
+    assert not torch.equal(model.ln_f.bias, weights["ln_f.bias"])
+
+
+def test_a_save_in_the_background_that_fails_raises_when_it_is_asked_for(tmp_path, monkeypatch):
+    saves = Background()
+    save_checkpoint(tmp_path, 1, GPT2(TINY))
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write_pieces", fail_after_half)
+        save_checkpoint(tmp_path, 2, GPT2(TINY), background=saves)
+        with pytest.raises(OSError, match="step-00000002 could not be saved .*No space left"):
+            saves.result()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MARK, "step-00000001"]
+    folder = save_checkpoint(tmp_path, 2, GPT2(TINY), background=saves)
+    assert saves.result() == folder and latest_checkpoint(tmp_path) == folder
+
+
+def saves_on_a_grid(run, device, full):
+    "One save in the background, as each rank sees it; one rank may meet a full disk."
+    if dist.get_rank() == full:
+        checkpoint.write_pieces = fail_after_half
+    groups, saves = ParallelDims(tp=2, dp=2).build(device), Background()
+    model, optimizer = new(groups.tp_group, device)
+    try:
+        save_checkpoint(run, 1, model, optimizer, groups=groups, background=saves)
+        total = torch.ones((), device=device)
+        dist.all_reduce(total)      # training goes on meanwhile
+        return str(saves.result()), total.item()
+    except OSError as error:
+        return str(error), total.item()
+    finally:
+        checkpoint.write_pieces = WRITE_PIECES
+
+
+@pytest.mark.world(4)
+@pytest.mark.parametrize("full", [None, 0, 3])
+def test_all_ranks_hear_how_a_save_in_the_background_went(ranks, device, tmp_path, full):
+    answers = ranks(4)(saves_on_a_grid, tmp_path, device, full)
+    assert len(set(answers)) == 1 and answers[0][1] == 4
+    if full is None:
+        assert answers[0][0] == str(latest_checkpoint(tmp_path))
+    else:
+        assert "No space left on device" in answers[0][0] and list(tmp_path.iterdir()) == []

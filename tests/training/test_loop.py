@@ -27,7 +27,7 @@ from megatron_edu.files import MARK, mark_folder
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import build_model
 from megatron_edu.models.block import Block
-from megatron_edu.training import journal, loop, step
+from megatron_edu.training import checkpoint, journal, loop, step
 from megatron_edu.training.checkpoint import (
     checkpoint_folder,
     latest_checkpoint,
@@ -528,6 +528,57 @@ def test_a_full_disk_loses_no_line_of_the_metrics(tmp_path, monkeypatch):
     assert read_metrics(tmp_path) == lines[:2]
     dropped = (tmp_path / journal.DROPPED).read_text().splitlines()
     assert [json.loads(line) for line in dropped] == lines[2:]
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2)])
+def test_checkpoints_in_the_background_are_those_of_a_run_that_waits(
+    ranks, device, tokens, tmp_path, grid
+):
+    for mode in ("background", "sync"):
+        asked = plan(tmp_path / mode, DROPOUT, *grid, save_mode=mode, save_every=1)
+        ranks(grid[0] * grid[1])(run_quietly, asked, tokens, device)
+    assert losses(tmp_path / "background") == losses(tmp_path / "sync")
+    for number in range(1, 7):
+        folders = [checkpoint_folder(tmp_path / mode, number) for mode in ("background", "sync")]
+        names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+        assert names[0] == names[1]
+        for name in names[0]:
+            if name.endswith(".safetensors") or name in ("index.json", "state.json"):
+                assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(
+    tokens, tmp_path, monkeypatch, capsys
+):
+    real = checkpoint.write_pieces
+
+    def full(path, pieces):
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(path, pieces)
+
+    monkeypatch.setattr(checkpoint, "write_pieces", full)
+    run_here(plan(tmp_path / "run", save_every=2), tokens)
+    names = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert names == ["step-00000002", "step-00000006"]
+    said = capsys.readouterr().out
+    assert said.count("no checkpoint: ") == 1
+    assert "step-00000004 could not be saved ([Errno 28] No space left on device" in said
+    assert said.index("step-00000004 could not") < said.index("step-00000006")
+
+
+@pytest.mark.parametrize("mode, step", [("background", 6), ("sync", 2)])
+def test_without_its_last_checkpoint_a_run_fails(tokens, tmp_path, monkeypatch, mode, step):
+    real = checkpoint.write_pieces
+
+    def full(path, pieces):
+        if f"step-0000000{step}" in str(path):
+            raise OSError(28, "No space left on device")
+        return real(path, pieces)
+
+    monkeypatch.setattr(checkpoint, "write_pieces", full)
+    with pytest.raises(OSError, match=f"step-0000000{step} could not be saved"):
+        run_here(plan(tmp_path / "run", save_every=2, save_mode=mode), tokens)
 
 
 def test_validation_of_a_bert_makes_few_logits_at_a_time(monkeypatch):
