@@ -212,9 +212,11 @@ def _without_main():
 
 # %% ../nbs/library/00_ranks.ipynb #b799561c
 def _preloaded() -> list[str]:
-    "What the fork server imports once for all ranks. Models on the meta device use the compiler."
+    "What the fork server imports once for all ranks."
     own = sorted(name for name in sys.modules if name.startswith("megatron_edu."))
-    return ["torch", "torch.distributed", "torch._dynamo", "cloudpickle", *own]
+    # PyTorch's compiler is imported by models on the meta device, and by optimizers.
+    compiler = ["torch._dynamo"] * ("megatron_edu.models" in own)
+    return ["torch", "torch.distributed", *compiler, "cloudpickle", *own]
 
 
 def _start(world: _World, size: int, backend: str, timeout: float, threads: int | None) -> None:

@@ -18,17 +18,20 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, get_type_hints
 
-import torch
-
+from .boxes import INDEX, whole
 from .config import ModelConfig
 from .data.source import describe_file, same_file, with_hashes
 from .files import check_noted, rename_folder
 from .mesh import ParallelDims
 from .models.architecture import ARCHITECTURES, DEFAULT, architecture_of, build_model
 from .settings import OptimizerConfig, RunConfig, TrainConfig
-from .slices import INDEX, Slices, whole
+
+if TYPE_CHECKING:       # PyTorch is imported by the calls that need it: a refusal does not
+    import torch
+
+    from megatron_edu.slices import Slices
 
 # %% ../nbs/library/00_resume.ipynb #0d81202f
 MODEL = "model"             # how the names of files with weights begin
@@ -217,8 +220,10 @@ class Checkpoint(NamedTuple):
     moments: bool                   # whether it has any
 
 
-def tensors_of(folder: Path) -> Slices:
+def tensors_of(folder: Path) -> "Slices":
     "The tensors of a checkpoint, of this version or an older one. `ValueError` for damaged files."
+    from megatron_edu.slices import Slices
+
     names = [PLAIN[0], *(name for name in PLAIN[1:] if (Path(folder) / name).exists())]
     return Slices(folder, *names)
 
@@ -229,7 +234,7 @@ def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(
-    slices: Slices,
+    slices: "Slices",
     found: dict[str, tuple[int, ...]],
     wanted: dict[str, tuple[int, ...]],
 ) -> None:
@@ -367,7 +372,7 @@ def check_numbers(folder: Path) -> None:
                 check_values(slices.path_of(name), name, values)
 
 
-def check_values(path: Path, name: str, values: torch.Tensor) -> None:
+def check_values(path: Path, name: str, values: "torch.Tensor") -> None:
     "Raise `ValueError` for a weight or a moment that no run can go on from."
     if not values.isfinite().all():
         raise ValueError(f"{path}: {name} is not finite everywhere; {REMEDY}")

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_edu import files
+from megatron_edu.boxes import INDEX, whole
 from megatron_edu.resume import MODEL, OPTIMIZER, PLAIN, tensors_of
-from megatron_edu.slices import INDEX, whole
 
 
 def full_tensors(folder: Path, part: str) -> dict[str, torch.Tensor]:

@@ -10,8 +10,8 @@ import megatron_edu
 
 ROOT = Path(megatron_edu.__file__).parent
 FLOORS = [      # of the modules, lowest first; a package's name stands for all of its modules
-    "checks compiler errors slices streams mesh machine files owner failures watch shared_memory "
-    "config ranks",
+    "boxes checks compiler errors slices streams mesh machine files owner failures watch "
+    "shared_memory config ranks",
     "comm first_rank definitions weights memory",
     "reference tensor_parallel data",
     "models testing",

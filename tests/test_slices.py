@@ -8,20 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_edu import boxes
 from megatron_edu import slices as module
+from megatron_edu.boxes import INDEX, Box, key_of, pieces_of, unit_of, whole
 from megatron_edu.files import MARK, written_folder
-from megatron_edu.slices import (
-    INDEX,
-    Box,
-    Piece,
-    Slices,
-    join_index,
-    key_of,
-    pieces_of,
-    unit_of,
-    whole,
-    write_pieces,
-)
+from megatron_edu.slices import Piece, Slices, join_index, write_pieces
 
 SIZES = (1, 2, 4, 8)
 
@@ -84,7 +75,7 @@ def test_sizes_that_eight_does_not_divide():
 
 
 def test_a_piece_has_at_most_so_many_bytes_or_one_row(monkeypatch):
-    monkeypatch.setattr(module, "LARGEST", 100)
+    monkeypatch.setattr(boxes, "LARGEST", 100)
     pieces = list(pieces_of(whole((10, 5)), None, 0, 4))
     assert [piece.shape for piece in pieces] == [(5, 5), (5, 5)]
     assert [piece.shape[0] for piece in pieces_of(whole((3, 50)), None, 0, 4)] == [1, 1, 1]

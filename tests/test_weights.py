@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_edu.boxes import LARGEST
 from megatron_edu.config import PRESETS, GPT2Config
 from megatron_edu.mesh import ParallelDims
 from megatron_edu.models import GPT2, Bert, build_model
 from megatron_edu.tensor_parallel.shard import Placement, Shard, fill, fill_slice, placements
-from megatron_edu.slices import LARGEST
 from megatron_edu.training.checkpoint import (
     Background,
     kept_tensors,

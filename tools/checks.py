@@ -177,8 +177,8 @@ def pytest(*arguments: str) -> list[str]:
 
 
 def tests() -> list[str]:
-    "pytest, two files at a time"
-    return pytest("-n", str(WORKERS), "--dist", "loadfile")
+    "pytest, two files at a time, the longest first"
+    return pytest("-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def quick_tests() -> list[str]:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..boxes import Box, pieces_of, unit_of, whole
 from ..checks import check_kind, check_kinds
 from ..comm import all_gather, group_rank, group_size
-from ..slices import Box, pieces_of, unit_of, whole
 
 # %% auto #0
 __all__ = ['ReadRows', 'PIECE', 'check_divides', 'checked_size', 'Placement', 'placements', 'shard_rules', 'check_shape', 'check_state', 'shard_state_dict', 'gather_state_dict', 'gather_tensors', 'fill_slice', 'fill', 'Shard']

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..boxes import INDEX, Box
 from ..files import MARK, check_folder, check_space, mark_folder, written_folder
 from ..first_rank import Meeting, on_first_rank, share_text
 from ..mesh import ParallelDims, ParallelGroups
@@ -40,7 +41,7 @@ from megatron_edu.resume import (
     moments_from,
     tensors_of,
 )
-from ..slices import INDEX, Box, Piece, Slices, join_index, write_pieces
+from ..slices import Piece, Slices, join_index, write_pieces
 from megatron_edu.tensor_parallel.shard import (
     Placement,
     ReadRows,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from plain import full_tensors
 
 from megatron_edu import files
+from megatron_edu.boxes import INDEX
 from megatron_edu.config import GPT2Config
 from megatron_edu.data.token_file import TokenFile
 from megatron_edu.data.token_writer import TokenFileWriter
@@ -31,7 +32,7 @@ from megatron_edu.resume import (
     read_checkpoint,
 )
 from megatron_edu.settings import OptimizerConfig, RunConfig, TrainConfig
-from megatron_edu.slices import INDEX, Slices, checksum
+from megatron_edu.slices import Slices, checksum
 from megatron_edu.training.checkpoint import load_model, load_optimizer, load_weights
 from megatron_edu.training.journal import read_metrics
 from megatron_edu.training.loop import train
