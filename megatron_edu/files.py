@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARK', 'LOCK', 'FORMAT', 'SUMS', 'KINDS', 'REMEDY', 'MARGIN', 'read_mark', 'changed', 'check_noted', 'mark_folder',
            'note', 'sync_folder', 'number_of', 'lock_number', 'beside', 'kind_in', 'nearest_folder', 'check_file',
-           'check_folder', 'check_unchanged', 'check_space', 'written_files', 'written_folder', 'empty_run',
-           'rename_folder', 'remove_files']
+           'check_folder', 'check_unchanged', 'check_space', 'written_files', 'written_folder', 'is_as_noted',
+           'remove_folder', 'empty_run', 'rename_folder', 'remove_files']
 
 # %% ../nbs/library/00_files.ipynb #9f1d9448
 import hashlib
@@ -532,6 +532,31 @@ def _remove_noted(
     for each in (*inner, folder):
         with suppress(OSError):     # somebody has put something into it
             each.rmdir()
+
+
+def is_as_noted(folder: Path) -> bool:
+    "Whether a folder of ours holds what its mark names, by names and sizes, and nothing else."
+    mark = read_mark(folder)
+    names = set() if mark is None else set(mark["files"])
+    if mark is None or names != set(_names(folder)):
+        return False
+    return all((folder / name).lstat().st_size == mark["files"][name]["size"] for name in names)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of ours that lies in one of ours, and its note there.
+
+    It loses its name first: whoever is ended meanwhile leaves no half of it under that name.
+    """
+    with _noting:
+        outer, name = read_mark(folder.parent), f"{folder.name}/{MARK}"
+        if outer is not None:
+            files = {each: entry for each, entry in outer["files"].items() if each != name}
+            _write_mark(folder.parent, outer["kind"], files)
+        aside = beside(folder)
+        folder.rename(aside)
+        sync_folder(folder.parent)
+    _remove_noted(aside)
 
 
 def empty_run(folder: Path) -> None:

@@ -485,6 +485,7 @@ FIELDS: dict[str, dict[str, str | None]] = {    # of each field: STAYS, or what 
         "compile": ROUNDING,
         "recompute": "less memory and more time, or the other way; the same numbers",
         "eval_every": HABIT, "log_every": HABIT, "save_every": HABIT, "save_mode": HABIT,
+        "keep_last": HABIT, "keep_every": HABIT,
         "eval_batches": "validation losses are no longer over the same samples",
     },
     "optimizer": {

@@ -74,12 +74,15 @@ class RunConfig:
     log_every: int = 10                         # steps between lines where there is no terminal
     save_every: int = 1000                      # steps between checkpoints; one more at the end
     save_mode: Literal["background", "sync"] = "background"     # a copy meanwhile; or wait for it
+    keep_last: int | None = 3                   # newest checkpoints that stay; None: all
+    keep_every: int | None = None               # those of its multiples stay, too; None: no others
     resume: Literal["never", "auto"] | Path = "never"   # auto: from the last good one in `out`
 
     def __post_init__(self):
         check_kinds(self)
         counts = ["steps", "batch_size", "eval_every", "eval_batches", "log_every", "save_every"]
-        for name in counts + ["micro_batch"] * (self.micro_batch is not None):
+        optional = ("micro_batch", "keep_last", "keep_every")
+        for name in counts + [name for name in optional if getattr(self, name) is not None]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.save_mode not in ("background", "sync"):

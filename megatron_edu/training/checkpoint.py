@@ -62,6 +62,7 @@ def write_together(
     device: torch.device,               # for messages
     owner: Owner | None = None,         # asked whether the folder is still the run's
     background: "Background | None" = None,     # takes a snapshot and writes it meanwhile
+    after: Callable[[], None] | None = None,    # the first rank's, when the folder is there
 ) -> None:
     """Write a checkpoint's folder: it is there whole or not at all. Every rank calls it.
 
@@ -86,8 +87,10 @@ def write_together(
                     for failed in filter(None, meeting.hear("saved", range(meeting.size))):
                         raise OSError(failed)
                     _join(partial, documents, entries)
-        except OSError as error:
-            failure, cause = str(error), error
+            if meeting.rank == 0 and after is not None:
+                after()
+        except Exception as error:      # whatever it is, all hear of it
+            failure, cause = str(error) or type(error).__name__, error
         if meeting.rank == 0:
             meeting.say("verdict", failure)
         else:
@@ -284,6 +287,7 @@ def save_checkpoint(
     groups: ParallelGroups | None = None,           # None: one device
     owner: Owner | None = None,                     # asked whether the folder is still the run's
     background: Background | None = None,           # writes a copy, beside the training
+    after: Callable[[], None] | None = None,        # the first rank's, when the folder is there
 ) -> Path:                                          # the checkpoint's folder
     """Save weights, moments, state and configuration. All ranks call it, and each writes its share.
 
@@ -299,7 +303,8 @@ def save_checkpoint(
     files = {begin: own_pieces(tensors, groups) for begin, tensors in kept.items()}
     documents = {CONFIG: described, STATE: {"step": step, **(state or {})}}
     device = next(model.parameters()).device
-    write_together(folder, files, documents, bytes_of(kept), device, owner, background)
+    need = bytes_of(kept)
+    write_together(folder, files, documents, need, device, owner, background, after)
     return folder
 
 # %% ../../nbs/course/4_training/24_checkpoints.ipynb #dbecc0d1

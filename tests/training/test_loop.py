@@ -535,7 +535,8 @@ def test_checkpoints_in_the_background_are_those_of_a_run_that_waits(
     ranks, device, tokens, tmp_path, grid
 ):
     for mode in ("background", "sync"):
-        asked = plan(tmp_path / mode, DROPOUT, *grid, save_mode=mode, save_every=1)
+        settings = {"save_mode": mode, "save_every": 1, "keep_last": None}
+        asked = plan(tmp_path / mode, DROPOUT, *grid, **settings)
         ranks(grid[0] * grid[1])(run_quietly, asked, tokens, device)
     assert losses(tmp_path / "background") == losses(tmp_path / "sync")
     for number in range(1, 7):
@@ -545,6 +546,41 @@ def test_checkpoints_in_the_background_are_those_of_a_run_that_waits(
         for name in names[0]:
             if name.endswith(".safetensors") or name in ("index.json", "state.json"):
                 assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["background", "sync"])
+def test_a_run_removes_its_older_checkpoints(tokens, tmp_path, mode):
+    asked = plan(tmp_path / "run", save_every=1, keep_last=2, keep_every=3, save_mode=mode)
+    run_here(asked, tokens)
+    names = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert names == ["step-00000003", "step-00000005", "step-00000006"]
+    run_here(replace(asked, run=replace(asked.run, steps=8, resume="auto")), tokens)
+    names = sorted(path.name for path in (tmp_path / "run").glob("step-*"))
+    assert names == ["step-00000003", "step-00000006", "step-00000007", "step-00000008"]
+
+
+def elsewhere(config, prefix, device, blind):
+    "What this rank is told if one of the ranks looks at another disk; what lies there then."
+    patched = {"SHARED": 0.3} | ({"lock_number": lambda out: None} if blind else {})
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in patched.items():
+            patch.setattr(loop, name, value)
+        try:
+            run_here(config, prefix, device)
+        except ValueError as error:
+            return str(error)
+
+
+def test_ranks_that_do_not_share_the_runs_folder_stop_before_the_first_step(
+    ranks, device, tokens, tmp_path
+):
+    def on_rank(config, prefix):
+        return elsewhere(config, prefix, device, torch.distributed.get_rank() == 1)
+
+    told = ranks(2)(on_rank, plan(tmp_path / "run", dp=2), tokens)
+    assert told[0] == told[1] and told[0].startswith("rank 1 on ")
+    assert "must be a folder that all machines share" in told[0]
+    assert not list(tmp_path.glob("run/step-*")) and not losses(tmp_path / "run")
 
 
 def test_a_checkpoint_that_cannot_be_written_is_said_and_the_run_goes_on(
