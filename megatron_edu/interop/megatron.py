@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FILE', 'LATEST', 'UNUSED', 'ALLOWED', 'VERSIONS', 'RENAMED', 'SAME', 'ASSUMED', 'READ', 'COPY', 'FLOATS', 'DEPTH',
-           'TRUNK', 'LAYERS', 'WORDS', 'POSITIONS', 'SEGMENTS', 'OUTPUT', 'GELUS', 'HEAD_SIZE', 'VOCABULARIES',
-           'IN_BLOCK', 'IN_HEADS', 'save_folder_of', 'is_megatron', 'find_ranks', 'Unused', 'stand_in', 'is_mapped',
-           'unpickle', 'Part', 'options', 'joined', 'read_part', 'read_config', 'matrix', 'check_cut', 'gelu_of',
-           'count_tokens', 'names', 'by_blocks', 'check_names', 'check_alike', 'put', 'load_megatron', 'begin']
+           'TRUNK', 'LAYERS', 'WORDS', 'POSITIONS', 'SEGMENTS', 'OUTPUT', 'FIRST_QKV', 'GELUS', 'HEAD_SIZE',
+           'VOCABULARIES', 'IN_BLOCK', 'IN_HEADS', 'save_folder_of', 'is_megatron', 'find_ranks', 'Unused', 'stand_in',
+           'is_mapped', 'unpickle', 'Part', 'options', 'joined', 'read_part', 'read_config', 'sizes_of',
+           'check_options', 'matrix', 'gelu_of', 'count_tokens', 'names', 'by_blocks', 'check_names', 'said_by',
+           'check_alike', 'put', 'load_megatron', 'begin']
 
 # %% ../../nbs/library/interop/00_megatron.ipynb #f0bd52b5
 import argparse
@@ -160,11 +161,11 @@ RENAMED = {     # a later part of a name -> the first
     "_norm.": "_layernorm.",
     "lm_head.norm.": "lm_head.layernorm.",
 }
-SAME = {        # options that change what is computed -> what a model here can have
-    "apply_residual_connection_post_layernorm": (False,), "swiglu": (False,),
-    "squared_relu": (False,), "normalization": ("LayerNorm",), "apply_layernorm_1p": (False,),
-    "position_embedding_type": ("learned_absolute",), "num_experts": (None,),
-    "use_rotary_position_embeddings": (False,), "group_query_attention": (False,),
+SAME = {        # options that change what is computed -> what they are where a model here is meant
+    "apply_residual_connection_post_layernorm": False, "swiglu": False, "squared_relu": False,
+    "normalization": "LayerNorm", "apply_layernorm_1p": False, "num_experts": None,
+    "position_embedding_type": "learned_absolute", "use_rotary_position_embeddings": False,
+    "group_query_attention": False,
 }
 ASSUMED = {"layernorm_epsilon": 1e-5, "hidden_dropout": 0.1, "init_method_std": 0.02}
 READ = (        # options that all ranks must have alike
@@ -264,6 +265,7 @@ WORDS, POSITIONS, SEGMENTS = (
     f"{TRUNK}.embedding.{kind}_embeddings.weight" for kind in ("word", "position", "tokentype")
 )
 OUTPUT = f"{TRUNK}.output_layer.weight"
+FIRST_QKV = f"{LAYERS}.0.attention.query_key_value.weight"
 GELUS = ("bias_gelu_fusion", "openai_gelu")
 HEAD_SIZE = 64          # of the public models of 345M parameters
 VOCABULARIES = {GPT2Config: (50_257,), BertConfig: (30_522, 28_996)}
@@ -274,37 +276,15 @@ def read_config(
     tp: int,            # how many ranks
 ) -> ModelConfig:
     "Sizes of the weights, and what the options add. `ValueError` for what a model here cannot be."
-    fields = part.fields or {}
-    for name, values in SAME.items():
-        if fields.get(name, values[0]) not in values:
-            raise ValueError(
-                f"{part.path}: {name} is {reprlib.repr(fields[name])}, which a model here cannot "
-                f"have; use one where it is {values[0]!r}"
-            )
     bert = SEGMENTS in part.tensors or any(name.startswith("lm_head.") for name in part.tensors)
     kind = BertConfig if bert else GPT2Config
-    (rows, h), (positions, _) = (matrix(part, name) for name in (WORDS, POSITIONS))
-    pattern = re.compile(re.escape(LAYERS) + r"\.([0-9]{1,6})\.")
-    layers = {found[1] for name in part.tensors if (found := pattern.match(name))}
-    sizes = {
-        "num_layers": len(layers), "hidden_size": h, "max_position_embeddings": positions,
-        "ffn_hidden_size": tp * matrix(part, f"{LAYERS}.0.mlp.dense_h_to_4h.weight")[0],
-        "padded_vocab_size": tp * rows, "tensor_model_parallel_size": tp,
-        "model_parallel_size": tp, "pipeline_model_parallel_size": 1,
-    }
-    check_cut(part, h, tp)
-    for name, size in sizes.items():
-        if fields.get(name) not in (None, size):
-            raise ValueError(
-                f"{part.path}: args say {name} {reprlib.repr(fields[name])}, and the weights "
-                f"{size}; use a file whose parts were saved together"
-            )
+    sizes, fields = sizes_of(part, tp), part.fields or {}
+    check_options(part, sizes)
     added = {"num_token_types": matrix(part, SEGMENTS)[0]} if bert else {}
-    said = {name: fields.get(name, usual) for name, usual in ASSUMED.items()}
-    gelu, assumed = gelu_of(part, kind), []
-    heads = fields.get("num_attention_heads")
+    said, assumed = {name: fields.get(name, usual) for name, usual in ASSUMED.items()}, []
+    heads, gelu = fields.get("num_attention_heads"), gelu_of(part, kind)
     if heads is None:
-        heads = max(1, h // HEAD_SIZE)
+        heads = max(1, sizes["hidden_size"] // HEAD_SIZE)
         assumed.append(f"{HEAD_SIZE} numbers a head")
     if fields.keys().isdisjoint(GELUS):
         assumed.append(f"the {gelu} GELU")
@@ -312,26 +292,67 @@ def read_config(
         assumed.append(f"layernorm_epsilon {said['layernorm_epsilon']}")
     if assumed:
         warn(None, f"{part.path} does not say it all; assumed are {', '.join(assumed)}")
-    if fields.get("attention_dropout", said["hidden_dropout"]) != said["hidden_dropout"]:
-        warn(None, (
-            f"{part.path}: hidden_dropout {said['hidden_dropout']}, attention_dropout "
-            f"{fields['attention_dropout']}; a model here has one dropout, which becomes the first"
-        ))
     try:
         config = kind(
-            num_layers=len(layers), hidden_size=h, num_heads=heads, max_seq_len=positions,
-            vocab_size=count_tokens(part, kind, tp, tp * rows), gelu=gelu,
+            num_layers=sizes["num_layers"], hidden_size=sizes["hidden_size"], num_heads=heads,
+            ffn_hidden_size=sizes["ffn_hidden_size"], max_seq_len=sizes["max_position_embeddings"],
+            vocab_size=count_tokens(part, kind, tp, sizes["padded_vocab_size"]),
             dropout=said["hidden_dropout"], layer_norm_eps=said["layernorm_epsilon"],
-            init_std=said["init_method_std"], ffn_hidden_size=sizes["ffn_hidden_size"],
+            init_std=said["init_method_std"], gelu=gelu,
             tie_embeddings=OUTPUT not in part.tensors, **added,
         )
         check_divides("num_attention_heads", config.num_heads, tp)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{part.path}: args and weights describe no model: {error}; use a file whose parts were "
-            "saved together"
+            f"{part.path}: args and weights describe no model: {error}; use a file whose parts "
+            "were saved together"
         ) from None
     return config
+
+
+def sizes_of(part: Part, tp: int) -> dict[str, int]:
+    "The sizes of the full model, as Megatron-LM's options are called, by the weights of a rank."
+    rows, h = matrix(part, WORDS)
+    qkv = next((n for n in part.tensors if n.endswith("query_key_value.weight")), FIRST_QKV)
+    ranks = 3 * h / matrix(part, qkv)[0]
+    if ranks.is_integer() and ranks != tp:
+        raise ValueError(
+            f"{part.path} is one of {ranks:.0f} ranks, and there are files of {tp}; put those of "
+            "all ranks into one folder"
+        )
+    pattern = re.compile(re.escape(LAYERS) + r"\.([0-9]{1,6})\.")
+    layers = {found[1] for name in part.tensors if (found := pattern.match(name))}
+    return {
+        "num_layers": len(layers), "hidden_size": h,
+        "max_position_embeddings": matrix(part, POSITIONS)[0],
+        "ffn_hidden_size": tp * matrix(part, f"{LAYERS}.0.mlp.dense_h_to_4h.weight")[0],
+        "padded_vocab_size": tp * rows, "tensor_model_parallel_size": tp,
+        "model_parallel_size": tp, "pipeline_model_parallel_size": 1,
+    }
+
+
+def check_options(part: Part, sizes: dict[str, int]) -> None:
+    "Raise `ValueError` if options say other sizes, or that a model computes something else."
+    fields = part.fields or {}
+    for name, usual in SAME.items():
+        if fields.get(name, usual) != usual:
+            raise ValueError(
+                f"{part.path}: {name} is {reprlib.repr(fields[name])}, which a model here cannot "
+                f"have; use one where it is {usual!r}"
+            )
+    for name, size in sizes.items():
+        if fields.get(name) not in (None, size):
+            raise ValueError(
+                f"{part.path}: args say {name} {reprlib.repr(fields[name])}, and the weights "
+                f"{size}; use a file whose parts were saved together"
+            )
+    one, other = (fields.get(f"{kind}_dropout", 0.1) for kind in ("hidden", "attention"))
+    if one != other:
+        warn(
+            None,
+            f"{part.path}: hidden_dropout {one}, attention_dropout {other}; a model here has one "
+            "dropout, which becomes the first",
+        )
 
 
 def matrix(part: Part, name: str) -> tuple[int, int]:
@@ -345,29 +366,17 @@ def matrix(part: Part, name: str) -> tuple[int, int]:
     return tuple(tensor.shape)
 
 
-def check_cut(part: Part, h: int, tp: int) -> None:
-    "Raise `ValueError` if the slices are those of another number of ranks."
-    rows, _ = matrix(part, next(
-        (name for name in part.tensors if name.endswith("query_key_value.weight")),
-        f"{LAYERS}.0.attention.query_key_value.weight",
-    ))
-    if 3 * h % rows == 0 and 3 * h // rows != tp:
-        raise ValueError(
-            f"{part.path} is one of {3 * h // rows} ranks, and there are files of {tp}; put those "
-            "of all ranks into one folder"
-        )
-
-
 def gelu_of(part: Part, kind: type[ModelConfig]) -> str:
     "Which of the two curves: the fused one, and OpenAI's, are the approximation by tanh."
     fields = part.fields or {}
     fused = fields.get("bias_gelu_fusion", False)
     if fused and kind is BertConfig and not fields.get("openai_gelu"):
-        warn(None, (
+        warn(
+            None,
             f"{part.path}: bias_gelu_fusion is on, so the layers have the tanh GELU and the "
             "masked-token head the exact one; a model here has one, which becomes tanh; the "
-            "head's answers differ a little"
-        ))
+            "head's answers differ a little",
+        )
     if fields.keys().isdisjoint(GELUS):
         return "exact" if kind is BertConfig else "tanh"
     return "tanh" if fused or fields.get("openai_gelu") else "exact"
@@ -384,11 +393,11 @@ def count_tokens(part: Part, kind: type[ModelConfig], tp: int, rows: int) -> int
         known = (given + (fields.get("tokenizer_type") == "NullTokenizer"), *known)
     for size in known:
         if round_up(size, unit * tp) == rows:
-            warn(None, f"{part.path}: {size} of the {rows} rows of the word table are taken as "
-                       "tokens, the rest as padding")
+            said = f"{size} of the {rows} rows of the word table are taken as tokens"
+            warn(None, f"{part.path}: {said}, the rest as padding")
             return size
-    warn(None, f"{part.path}: which of the {rows} rows of the word table are padding is not "
-               "known; all are taken as tokens")
+    said = f"which of the {rows} rows of the word table are padding is not known"
+    warn(None, f"{part.path}: {said}; all are taken as tokens")
     return rows
 
 # %% ../../nbs/library/interop/00_megatron.ipynb #940af401
@@ -461,16 +470,16 @@ def check_names(part: Part, model: Transformer, tp: int) -> dict[str, str]:     
     return table
 
 
+def said_by(part: Part) -> dict[str, object]:
+    "What all ranks' files of one save say alike."
+    shapes = {name: tuple(tensor.shape) for name, tensor in part.tensors.items()}
+    own = {"checkpoint_version": part.version, "iteration": part.iteration}
+    return (part.fields or {}) | own | shapes | {"args": part.fields is not None}
+
+
 def check_alike(part: Part, first: Part) -> None:
     "Raise `ValueError` if two ranks' files are not of one save."
-    def said(each: Part) -> dict[str, object]:
-        fields = {name: (each.fields or {}).get(name) for name in READ}
-        shapes = {name: tuple(tensor.shape) for name, tensor in each.tensors.items()}
-        args = each.fields is not None
-        own = {"checkpoint_version": each.version, "iteration": each.iteration, "args": args}
-        return fields | own | shapes
-
-    here, there = said(part), said(first)
+    here, there = said_by(part), said_by(first)
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise ValueError(
@@ -569,4 +578,5 @@ def begin(
     absent = {head_of(own) for own, _ in model.named_parameters() if own not in table}
     if absent:
         heads = ", no ".join(words for head, words in HEADS.items() if head in absent)
-        warn(None, f"{path} has no {heads}, which start from initial weights: train them before use")
+        text = "which start from initial weights: train them before use"
+        warn(None, f"{path} has no {heads}, {text}")

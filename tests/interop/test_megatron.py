@@ -1,4 +1,4 @@
-"Megatron-LM's classic checkpoints: every version and split gives the same model; others are refused."
+"Classic checkpoints of Megatron-LM: every version and split gives one model; others are refused."
 
 import argparse
 import os
@@ -30,18 +30,20 @@ SMALL = {
     "gpt2": gpt2_config(ffn_hidden_size=52),
     "bert": bert_config(ffn_hidden_size=52, gelu="tanh", layer_norm_eps=1e-5),
 }
-SPELLINGS = {       # the present name of a part -> what versions have called it
+SPELLINGS = {  # the present name of a part -> what versions have called it
     "first": {},
     "later": {".transformer.": ".encoder.", ".attention.": ".self_attention."},
     "last": {
-        ".transformer.": ".encoder.", ".attention.": ".self_attention.",
-        "_layernorm.": "_norm.", "lm_head.layernorm.": "lm_head.norm.",
+        ".transformer.": ".encoder.",
+        ".attention.": ".self_attention.",
+        "_layernorm.": "_norm.",
+        "lm_head.layernorm.": "lm_head.norm.",
     },
 }
 kinds = pytest.mark.parametrize("kind", SMALL)
 
 
-# ------------------------------------------------------------------ files as Megatron-LM writes them
+# ---------------------------------------------------------------- files as Megatron-LM writes them
 
 
 def their_rows(config, tp, rank, version):
@@ -77,7 +79,8 @@ def their_names(own, tp, rank, config, version):
     inner = {
         "ln_1": ("input_layernorm", whole),
         "attn.qkv": (
-            "attention.query_key_value", lambda w: w[their_rows(config, tp, rank, version)]
+            "attention.query_key_value",
+            lambda w: w[their_rows(config, tp, rank, version)],
         ),
         "attn.proj": ("attention.dense", columns if kind == "weight" else whole),
         "ln_2": ("post_attention_layernorm", whole),
@@ -107,21 +110,42 @@ def nest(flat, levels=("language_model", "embedding", "transformer", "encoder", 
 
 def args_of(config, tp, **changes):
     said = dict(
-        num_layers=config.num_layers, hidden_size=config.hidden_size,
-        num_attention_heads=config.num_heads, ffn_hidden_size=config.ffn_size,
-        max_position_embeddings=config.max_seq_len, layernorm_epsilon=config.layer_norm_eps,
-        hidden_dropout=config.dropout, attention_dropout=config.dropout,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        ffn_hidden_size=config.ffn_size,
+        max_position_embeddings=config.max_seq_len,
+        layernorm_epsilon=config.layer_norm_eps,
+        hidden_dropout=config.dropout,
+        attention_dropout=config.dropout,
         padded_vocab_size=-(-config.vocab_size // (128 * tp)) * 128 * tp,
-        vocab_size=config.vocab_size, bias_gelu_fusion=config.gelu == "tanh", openai_gelu=False,
-        tensor_model_parallel_size=tp, pipeline_model_parallel_size=1, params_dtype=torch.float16,
-        init_method_std=config.init_std, lr=1e-4, save="/somewhere",
+        vocab_size=config.vocab_size,
+        bias_gelu_fusion=config.gelu == "tanh",
+        openai_gelu=False,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=1,
+        params_dtype=torch.float16,
+        init_method_std=config.init_std,
+        lr=1e-4,
+        save="/somewhere",
     )
     return argparse.Namespace(**(said | changes))
 
 
 def write(
-    folder, model, tp=1, version=3.0, *, args=True, spelling="first", nested=True, old=False,
-    stage="", dtype=torch.float32, unit=128, **more,
+    folder,
+    model,
+    tp=1,
+    version=3.0,
+    *,
+    args=True,
+    spelling="first",
+    nested=True,
+    old=False,
+    stage="",
+    dtype=torch.float32,
+    unit=128,
+    **more,
 ):
     "A folder of Megatron-LM that holds a model of ours, with states that are not the model's."
     config = model.config
@@ -129,7 +153,7 @@ def write(
     for rank in range(tp):
         flat = {}
         for own, values in model.state_dict().items():
-            if values.shape[0] == config.padded_vocab_size:     # their padding is no zeros
+            if values.shape[0] == config.padded_vocab_size:  # their padding is no zeros
                 padding = torch.full((rows - config.vocab_size, *values.shape[1:]), 0.5)
                 values = torch.cat([values[: config.vocab_size], padding])
             name, cut = their_names(own, tp, rank, config, version)
@@ -185,7 +209,7 @@ def built(kind, **changes):
     base = SMALL[kind]
     model = build_model(type(base)(**(vars(base) | changes)))
     shake(model)
-    with torch.no_grad():       # a state of ours has zeros for padding
+    with torch.no_grad():  # a state of ours has zeros for padding
         for name in ("wte.weight", "output.weight", "mlm.bias"):
             if name in dict(model.named_parameters()):
                 model.get_parameter(name)[model.config.vocab_size :] = 0
@@ -216,8 +240,12 @@ def assert_same(model, other):
 @pytest.mark.parametrize(
     ("version", "spelling", "nested", "old"),
     [
-        (None, "first", True, True), (0, "first", False, False), (1.0, "later", True, False),
-        (2.0, "later", False, True), (3.0, "last", True, False), (3, "later", True, False),
+        (None, "first", True, True),
+        (0, "first", False, False),
+        (1.0, "later", True, False),
+        (2.0, "later", False, True),
+        (3.0, "last", True, False),
+        (3, "later", True, False),
     ],
 )
 def test_every_version_gives_the_same_bits(tmp_path, kind, tp, version, spelling, nested, old):
@@ -291,7 +319,9 @@ def test_heads_that_are_missing_begin_anew(tmp_path, absent):
     model = built("bert")
     write(tmp_path, model, 2)
     for rank in range(2):
-        for name in {"order": ("binary_head", "language_model/pooler"), "tokens": ("lm_head",)}[absent]:
+        for name in {"order": ("binary_head", "language_model/pooler"), "tokens": ("lm_head",)}[
+            absent
+        ]:
             edit(tmp_path, edit_model(name, lambda _: None), rank)
     again, _, said = read(tmp_path)
     words = {"order": "no pooler, no sentence-order head", "tokens": "no masked-token head"}[absent]
@@ -352,16 +382,23 @@ def test_which_gelu(tmp_path, kind, said, gelu, words):
 @pytest.mark.parametrize(
     ("kind", "tp", "given", "rows", "vocabulary"),
     [
-        ("gpt2", 1, {}, 50304, 50257), ("gpt2", 2, {}, 50432, 50257), ("gpt2", 1, {}, 50432, 50432),
+        ("gpt2", 1, {}, 50304, 50257),
+        ("gpt2", 2, {}, 50432, 50257),
+        ("gpt2", 1, {}, 50432, 50432),
         ("gpt2", 1, {"make_vocab_size_divisible_by": 1}, 50257, 50257),
-        ("bert", 1, {}, 30592, 30522), ("bert", 1, {}, 29056, 28996), ("bert", 4, {}, 30720, 30522),
-        ("bert", 1, {}, 50304, 50304), ("gpt2", 1, {"vocab_size": 50300}, 50304, 50300),
+        ("bert", 1, {}, 30592, 30522),
+        ("bert", 1, {}, 29056, 28996),
+        ("bert", 4, {}, 30720, 30522),
+        ("bert", 1, {}, 50304, 50304),
+        ("gpt2", 1, {"vocab_size": 50300}, 50304, 50300),
         ("gpt2", 1, {"vocab_size": 50300, "tokenizer_type": "NullTokenizer"}, 50304, 50301),
         ("gpt2", 1, {"vocab_size": 300}, 50304, 50257),
     ],
 )
 def test_the_vocabulary(tmp_path, kind, tp, given, rows, vocabulary):
-    model = built(kind, hidden_size=8, num_heads=4, num_layers=1, ffn_hidden_size=8, vocab_size=rows)
+    model = built(
+        kind, hidden_size=8, num_heads=4, num_layers=1, ffn_hidden_size=8, vocab_size=rows
+    )
     args = args_of(model.config, tp, padded_vocab_size=rows)
     del args.vocab_size
     vars(args).update(given)
@@ -404,50 +441,114 @@ def changed(value, place):
     return apply
 
 
-REFUSED = {     # change of rank 1 of 2 -> words
-    "other version": (lambda c: c.update(checkpoint_version=2.0), "checkpoint_version is 2, and 3 in mp"),
-    "other iteration": (lambda c: c.update(iteration=400), "iteration is 400, and 500 in mp_rank_00"),
-    "other args": (edit_args(num_attention_heads=2), "num_attention_heads is 2, and 4 in mp_rank_00"),
+REFUSED = {  # change of rank 1 of 2 -> words
+    "other version": (
+        lambda c: c.update(checkpoint_version=2.0),
+        "checkpoint_version is 2, and 3 in mp",
+    ),
+    "other iteration": (
+        lambda c: c.update(iteration=400),
+        "iteration is 400, and 500 in mp_rank_00",
+    ),
+    "other args": (
+        edit_args(num_attention_heads=2),
+        "num_attention_heads is 2, and 4 in mp_rank_00",
+    ),
     "no args": (lambda c: c.pop("args") and None, "args is False, and True in mp_rank_00"),
-    "other shape": (edit_model(ATTENTION, lambda w: w[:-1]), r"weight is \(53, 36\), and \(54, 36\)"),
-    "one tensor less": (edit_model(NORM, lambda w: None), r"final_layernorm.bias is None, and \(36,"),
-    "one more": (edit_model("extra", lambda w: torch.ones(3)), r"extra is \(3,\), and None in mp_r"),
+    "other shape": (
+        edit_model(ATTENTION, lambda w: w[:-1]),
+        r"weight is \(53, 36\), and \(54, 36\)",
+    ),
+    "one tensor less": (
+        edit_model(NORM, lambda w: None),
+        r"final_layernorm.bias is None, and \(36,",
+    ),
+    "one more": (
+        edit_model("extra", lambda w: torch.ones(3)),
+        r"extra is \(3,\), and None in mp_r",
+    ),
     "whole ones differ": (
         edit_model(NORM, lambda w: w + 0.25),
         r"transformer.final_layernorm.bias differs from that of rank 0 by up to 0.25, and all",
     ),
-    "nan": (edit_model(ATTENTION, changed(torch.nan, 5)), "query_key_value.weight holds 1 of 1,944"),
-    "infinite": (edit_model(ATTENTION, changed(-torch.inf, 0)), "holds 1 of 1,944 numbers that are"),
+    "nan": (
+        edit_model(ATTENTION, changed(torch.nan, 5)),
+        "query_key_value.weight holds 1 of 1,944",
+    ),
+    "infinite": (
+        edit_model(ATTENTION, changed(-torch.inf, 0)),
+        "holds 1 of 1,944 numbers that are",
+    ),
 }
-FIRST = {       # change of the only rank -> words
-    "version 4": (lambda c: c.update(checkpoint_version=4), "checkpoint_version is 4; only 0, 1, 2, 3"),
-    "version text": (lambda c: c.update(checkpoint_version="3"), "checkpoint_version is '3'; only 0"),
+FIRST = {  # change of the only rank -> words
+    "version 4": (
+        lambda c: c.update(checkpoint_version=4),
+        "checkpoint_version is 4; only 0, 1, 2, 3",
+    ),
+    "version text": (
+        lambda c: c.update(checkpoint_version="3"),
+        "checkpoint_version is '3'; only 0",
+    ),
     "version half": (lambda c: c.update(checkpoint_version=1.5), "checkpoint_version is 1.5; only"),
     "list": (lambda c: c.update(model=[c["model"]]), r"one stage \(its model is of type list\)"),
     "chunks": (
-        lambda c: {"model0": c["model"], "model1": c["model"]}, "model0 is a part of a pipeline"
+        lambda c: {"model0": c["model"], "model1": c["model"]},
+        "model0 is a part of a pipeline",
     ),
     "no model": (lambda c: c.pop("model") and None, r"\(its model is of type NoneType\)"),
     "a list alone": (lambda c: [c], r"\(it is no dictionary\)"),
-    "args dict": (lambda c: c.update(args=vars(c["args"])), "args is of type dict; it must be a Name"),
+    "args dict": (
+        lambda c: c.update(args=vars(c["args"])),
+        "args is of type dict; it must be a Name",
+    ),
     "args list": (edit_args(num_layers=[2]), r"args say num_layers \[2\]; it must be a number or"),
-    "pipeline": (edit_args(pipeline_model_parallel_size=2), "pipeline_model_parallel_size 2, and the"),
-    "more ranks": (edit_args(tensor_model_parallel_size=2), "tensor_model_parallel_size 2, and the w"),
-    "older ranks": (edit_args(model_parallel_size=2), "args say model_parallel_size 2, and the weights 1"),
+    "pipeline": (
+        edit_args(pipeline_model_parallel_size=2),
+        "pipeline_model_parallel_size 2, and the",
+    ),
+    "more ranks": (
+        edit_args(tensor_model_parallel_size=2),
+        "tensor_model_parallel_size 2, and the w",
+    ),
+    "older ranks": (
+        edit_args(model_parallel_size=2),
+        "args say model_parallel_size 2, and the weights 1",
+    ),
     "layers": (edit_args(num_layers=3), "args say num_layers 3, and the weights 2; use"),
-    "positions": (edit_args(max_position_embeddings=18), "max_position_embeddings 18, and the weig"),
+    "positions": (
+        edit_args(max_position_embeddings=18),
+        "max_position_embeddings 18, and the weig",
+    ),
     "width": (edit_args(ffn_hidden_size=144), "ffn_hidden_size 144, and the weights 52"),
     "rows": (edit_args(padded_vocab_size=256), "padded_vocab_size 256, and the weights 128"),
-    "heads": (edit_args(num_attention_heads=5), "describe no model: hidden_size=36 does not divide"),
+    "heads": (
+        edit_args(num_attention_heads=5),
+        "describe no model: hidden_size=36 does not divide",
+    ),
     "heads text": (edit_args(num_attention_heads="4"), "describe no model: num_heads='4'"),
     "eps": (edit_args(layernorm_epsilon=-1.0), "describe no model: layer_norm_eps=-1.0"),
-    "dropout": (edit_args(hidden_dropout="much", attention_dropout="much"), "no model: dropout='much'"),
-    "multiple": (edit_args(make_vocab_size_divisible_by=0), "model: make_vocab_size_divisible_by=0"),
-    "post": (edit_args(apply_residual_connection_post_layernorm=True), "post_layernorm is True, which"),
+    "dropout": (
+        edit_args(hidden_dropout="much", attention_dropout="much"),
+        "no model: dropout='much'",
+    ),
+    "multiple": (
+        edit_args(make_vocab_size_divisible_by=0),
+        "model: make_vocab_size_divisible_by=0",
+    ),
+    "post": (
+        edit_args(apply_residual_connection_post_layernorm=True),
+        "post_layernorm is True, which",
+    ),
     "rope": (edit_args(position_embedding_type="rope"), "position_embedding_type is 'rope', which"),
-    "rotary": (edit_args(use_rotary_position_embeddings=True), "rotary_position_embeddings is True"),
+    "rotary": (
+        edit_args(use_rotary_position_embeddings=True),
+        "rotary_position_embeddings is True",
+    ),
     "rms": (edit_args(normalization="RMSNorm"), "normalization is 'RMSNorm', which a model here"),
-    "experts": (edit_args(num_experts=8), "num_experts is 8, which a model here cannot have; use one"),
+    "experts": (
+        edit_args(num_experts=8),
+        "num_experts is 8, which a model here cannot have; use one",
+    ),
     "swiglu": (edit_args(swiglu=True), "swiglu is True, which a model here cannot have"),
     "relu": (edit_args(squared_relu=True), "squared_relu is True, which a model here cannot have"),
     "1p": (edit_args(apply_layernorm_1p=True), "apply_layernorm_1p is True, which"),
@@ -456,21 +557,46 @@ FIRST = {       # change of the only rank -> words
         edit_model("language_model/transformer/layers.0.moe.weight", lambda w: torch.ones(3)),
         r"a model here has no 'language_model.transformer.layers.0.moe.weight', and would",
     ),
-    "decoder": (edit_model("language_model/decoder", lambda w: {"a": torch.ones(2)}), "has no 'langu.*a'"),
-    "missing": (edit_model(NORM, lambda w: None), r"final_layernorm.bias is missing, and must have \(36,"),
-    "no table": (
-        edit_model("language_model/embedding", lambda w: None), "word_embeddings.weight is missing; only"
+    "decoder": (
+        edit_model("language_model/decoder", lambda w: {"a": torch.ones(2)}),
+        "has no 'langu.*a'",
     ),
-    "no attention": (edit_model(ATTENTION, lambda w: None), "layers.1.attention.* is missing, and must"),
+    "missing": (
+        edit_model(NORM, lambda w: None),
+        r"final_layernorm.bias is missing, and must have \(36,",
+    ),
+    "no table": (
+        edit_model("language_model/embedding", lambda w: None),
+        "word_embeddings.weight is missing; only",
+    ),
+    "no attention": (
+        edit_model(ATTENTION, lambda w: None),
+        "layers.1.attention.* is missing, and must",
+    ),
     "flat table": (
         edit_model("language_model/embedding/position_embeddings.weight", lambda w: w.view(-1)),
         r"position_embeddings.weight has shape \(612,\); only a GPT-2 or a BERT",
     ),
-    "wrong shape": (edit_model(NORM, lambda w: w[:-1]), r"bias has shape \(35,\), and must have \(36,\)"),
-    "whole numbers": (edit_model(NORM, lambda w: w.long()), "is of type torch.int64, and weights must"),
-    "a number": (edit_model(NORM, lambda w: 3), "final_layernorm.bias' is of type int, and weights"),
-    "no storage": (edit_model(NORM, lambda w: w.to("meta")), "is of type torch.float32, and|cannot be re"),
-    "sparse": (edit_model(NORM, lambda w: w.to_sparse()), "is of type torch.float32, and|cannot be read"),
+    "wrong shape": (
+        edit_model(NORM, lambda w: w[:-1]),
+        r"bias has shape \(35,\), and must have \(36,\)",
+    ),
+    "whole numbers": (
+        edit_model(NORM, lambda w: w.long()),
+        "is of type torch.int64, and weights must",
+    ),
+    "a number": (
+        edit_model(NORM, lambda w: 3),
+        "final_layernorm.bias' is of type int, and weights",
+    ),
+    "no storage": (
+        edit_model(NORM, lambda w: w.to("meta")),
+        "is of type torch.float32, and|cannot be re",
+    ),
+    "sparse": (
+        edit_model(NORM, lambda w: w.to_sparse()),
+        "is of type torch.float32, and|cannot be read",
+    ),
     "two names": (
         lambda c: c["model"]["language_model"].update(
             encoder=dict(c["model"]["language_model"]["transformer"])
@@ -527,9 +653,15 @@ def lose(folder, name):
 
 
 FOLDERS = {
-    "last gone": (lambda f: lose(f, "mp_rank_01"), "is one of 2 ranks, and there are files of 1; put"),
+    "last gone": (
+        lambda f: lose(f, "mp_rank_01"),
+        "is one of 2 ranks, and there are files of 1; put",
+    ),
     "first gone": (lambda f: lose(f, "mp_rank_00"), "of rank 0 is missing"),
-    "file gone": (lambda f: (f / "mp_rank_01" / FILE).unlink(), "of rank 1 is missing, and a model"),
+    "file gone": (
+        lambda f: (f / "mp_rank_01" / FILE).unlink(),
+        "of rank 1 is missing, and a model",
+    ),
     "stages": (
         lambda f: (
             (f / "mp_rank_00").rename(f / "mp_rank_00_000"),
@@ -537,7 +669,10 @@ FOLDERS = {
         ),
         r"cut for a pipeline or for experts, too \(_000, _001 after the ranks' numbers\)",
     ),
-    "odd name": (lambda f: (f / "mp_rank_01").rename(f / "mp_rank_1"), "mp_rank_1: no name of a rank's"),
+    "odd name": (
+        lambda f: (f / "mp_rank_01").rename(f / "mp_rank_1"),
+        "mp_rank_1: no name of a rank's",
+    ),
     "no number": (
         lambda f: (f / "latest_checkpointed_iteration.txt").write_text("-5"),
         "says '-5'; it must be a number of steps or release",
@@ -558,7 +693,7 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path, name):
         read(tmp_path)
 
 
-# -------------------------------------------------------------------------- strange and broken files
+# ------------------------------------------------------------------------ strange and broken files
 
 
 class Bomb:
@@ -588,7 +723,7 @@ def test_a_bomb_is_named_and_not_run(tmp_path, monkeypatch, where, old, forced):
     with pytest.raises(ValueError, match=rf"asks for '{os.mkdir.__module__}.mkdir', and to unpick"):
         read(tmp_path)
     assert not target.exists()
-    torch.load(path, weights_only=False)        # it is one
+    torch.load(path, weights_only=False)  # it is one
     assert target.is_dir()
 
 
@@ -642,9 +777,12 @@ def test_arrays_of_both_numpys_are_passed_over(tmp_path, core, old):
 @pytest.mark.parametrize(
     "name",
     [
-        "megatron.model.enums.ModelType", "megatron.core.enums.ModelType",
-        "megatron.fp16.loss_scaler.DynamicLossScaler", "megatron.fp16.loss_scaler.LossScaler",
-        "fp16.loss_scaler.DynamicLossScaler", "fp16.loss_scaler.LossScaler",
+        "megatron.model.enums.ModelType",
+        "megatron.core.enums.ModelType",
+        "megatron.fp16.loss_scaler.DynamicLossScaler",
+        "megatron.fp16.loss_scaler.LossScaler",
+        "fp16.loss_scaler.DynamicLossScaler",
+        "fp16.loss_scaler.LossScaler",
     ],
 )
 def test_objects_of_megatrons_own_classes_are_passed_over(tmp_path, monkeypatch, name):
@@ -679,15 +817,22 @@ def flip(raw):
 @pytest.mark.parametrize(
     ("old", "change"),
     [
-        (False, halve), (True, halve), (False, flip), (False, lambda raw: b""),
-        (True, lambda raw: b"a text\n" * 40), (True, lambda raw: raw[:1000]),
-        (False, lambda raw: b"PK\x03\x04" + bytes(200)), (False, lambda raw: raw[:-1]),
+        (False, halve),
+        (True, halve),
+        (False, flip),
+        (False, lambda raw: b""),
+        (True, lambda raw: b"a text\n" * 40),
+        (True, lambda raw: raw[:1000]),
+        (False, lambda raw: b"PK\x03\x04" + bytes(200)),
+        (False, lambda raw: raw[:-1]),
     ],
 )
 def test_a_damaged_file_is_one_message(tmp_path, old, change):
     path = write(tmp_path, built("gpt2"), 2, old=old) / "mp_rank_01" / FILE
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(ValueError, match="cannot be read .*; take a whole copy of the file") as caught:
+    with pytest.raises(
+        ValueError, match="cannot be read .*; take a whole copy of the file"
+    ) as caught:
         read(tmp_path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
