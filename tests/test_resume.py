@@ -273,7 +273,12 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(unindexed, kind):
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["a weight is NaN", "moments are gone", "no step", "a file"])
+GONE_PAST = [
+    "a weight is NaN", "moments are gone", "no step", "a file", "a moment is NaN", "squares below 0",
+]
+
+
+@pytest.mark.parametrize("kind", GONE_PAST)
 def test_a_run_goes_on_past_a_damaged_checkpoint_as_if_there_were_none(
     unindexed, whole, tokens, capsys, kind
 ):

@@ -280,12 +280,13 @@ class GenerateArguments:
 
 @dataclass(frozen=True)
 class ConvertArguments:
-    """Write a model in another library's format, or read one. Its tokenizer goes with it.
+    """Write a model for transformers, or read one of transformers or of Megatron-LM (its classic
+    checkpoints, mp_rank_00 and so on). Its tokenizer goes with it.
 
     Example: megatron-edu convert --from runs/mine --to mine_hf --format huggingface
     """
 
-    source: Annotated[Path, tyro.conf.arg(name="from")]     # a run, or a folder of transformers
+    source: Annotated[Path, tyro.conf.arg(name="from")]     # a run, or a folder of another library
     to: Path                        # folder to write to: new, empty, or see --overwrite
     format: Literal["huggingface", "megatron_edu"] = "huggingface"  # what to write
     overwrite: bool = False         # replace a folder that convert wrote, if nothing in it changed
@@ -351,7 +352,7 @@ VERBS = {
     "prepare": Verb("turn text into a token file", PrepareArguments, "prepare"),
     "train": Verb("train a GPT-2 or a BERT on text", TrainArguments, "train", train_defaults, True),
     "generate": Verb("continue a prompt", GenerateArguments, "generate", generate_defaults, True),
-    "convert": Verb("exchange weights with transformers", ConvertArguments, "convert"),
+    "convert": Verb("exchange weights with other libraries", ConvertArguments, "convert"),
     "bench": Verb(
         "time the library against other ways to write the same step", BenchConfig, "bench"
     ),
