@@ -274,7 +274,8 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(unindexed, kind):
 
 
 GONE_PAST = [
-    "a weight is NaN", "moments are gone", "no step", "a file", "a moment is NaN", "squares below 0",
+    "a weight is NaN", "moments are gone", "no step", "a file", "a moment is NaN",
+    "squares below 0",
 ]
 
 
