@@ -12,7 +12,7 @@ from megatron_edu.ranks import Ranks
 
 # The least number of distributed cases a full run on gloo must have run. It follows the suite:
 # raise it to the printed count whenever cases are added, so that none is lost unnoticed.
-DISTRIBUTED_FLOOR = 2173
+DISTRIBUTED_FLOOR = 2200
 
 # Files that take longest: they begin first, so that no worker is left with one of them at the end.
 LONGEST = ["training/test_launch.py", "test_fuzz.py", "test_ranks.py", "cli/test_together.py"]

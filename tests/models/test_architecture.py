@@ -309,6 +309,7 @@ MAY_KNOW = {    # what a kind is, what is of one kind alone, and what shows both
     "reference": "the oracle",
     "interop/huggingface_gpt2.py": "the layout of one kind",
     "interop/huggingface_bert.py": "the layout of one kind",
+    "interop/megatron.py": "the layouts of both",
     "demo": "one for each kind",
     "course": "lessons and mistakes, of one kind each",
     "scaling/bench.py": "times a GPT-2",
