@@ -214,8 +214,8 @@ def _without_main():
 def _preloaded() -> list[str]:
     "What the fork server imports once for all ranks."
     own = sorted(name for name in sys.modules if name.startswith("megatron_edu."))
-    # PyTorch's compiler is imported by models on the meta device, and by optimizers.
-    compiler = ["torch._dynamo"] * ("megatron_edu.models" in own)
+    # The first optimizer of a process imports PyTorch's compiler.
+    compiler = ["torch._dynamo"] * ("megatron_edu.training.optimizer" in own)
     return ["torch", "torch.distributed", *compiler, "cloudpickle", *own]
 
 

@@ -18,6 +18,19 @@ def test_an_import_is_no_import_of_the_compiler(module):
     assert done.stdout == "False\n", done.stderr
 
 
+def test_building_and_running_a_model_is_no_import_of_the_compiler():
+    program = (
+        "import sys, torch\nfrom megatron_edu.models import Bert, BertConfig, GPT2, GPT2Config\n"
+        "sizes = dict(vocab_size=8, max_seq_len=4, hidden_size=4, num_layers=1, num_heads=1)\n"
+        "ids = torch.zeros(1, 4, dtype=torch.int64)\n"
+        "GPT2(GPT2Config(**sizes)).loss(ids, ids).backward()\n"
+        "Bert(BertConfig(**sizes))(ids)\n"
+        f"print('{COMPILER}' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_a_call_is_no_import_of_the_compiler():
     program = (
         "import sys\nfrom megatron_edu.compiler import uncompiled\n"

@@ -135,7 +135,7 @@ def lessons() -> list[str]:
 
 
 def hang() -> float:
-    "Seconds after which a notebook hangs, and is ended: the limit of pytest.ini for a test."
+    "Seconds after which a cell hangs, and is ended: the limit of pytest.ini for a test."
     ini = configparser.ConfigParser()
     ini.read(ROOT / "pytest.ini", encoding="utf-8")
     return ini.getfloat("pytest", "faulthandler_timeout")
@@ -143,25 +143,25 @@ def hang() -> float:
 
 def execute(path: Path) -> str:
     "Execute one notebook and print its seconds. What went wrong, or nothing."
-    start, name, limit = time.perf_counter(), path.relative_to(ROOT), hang()
-    process = subprocess.Popen(
-        [BIN / "jupyter", "execute", name],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    start, name = time.perf_counter(), path.relative_to(ROOT)
+    client = NotebookClient(
+        nbformat.read(path, as_version=4),
+        timeout=hang(),
+        resources={"metadata": {"path": str(path.parent)}},
     )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}    # of the kernel itself
     try:
-        printed, _ = process.communicate(timeout=limit)
-        passed = process.returncode == 0
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        passed, printed = False, f"still running after {limit:g} s"
-    verdict = "" if passed else "  FAILED"
+        client.execute(env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+        wrong = ""
+    except (CellExecutionError, CellTimeoutError, DeadKernelError, RuntimeError) as error:
+        wrong = str(error).strip() or type(error).__name__
+    verdict = "  FAILED" if wrong else ""
     print(f"   {time.perf_counter() - start:6.1f} s  {name}{verdict}", flush=True)
-    return "" if passed else f"{name}:\n{printed.strip()}"
+    return f"{name}:\n{wrong}" if wrong else ""
 
 
 def pytest(*arguments: str) -> list[str]:

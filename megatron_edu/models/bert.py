@@ -24,7 +24,7 @@ from megatron_edu.definitions import (
     visible,
 )
 from .block import Block
-from .gpt2 import Transformer
+from .gpt2 import Transformer, empty_table
 from ..tensor_parallel.fused_loss import linear_cross_entropy
 from ..tensor_parallel.shard import Shard
 
@@ -86,7 +86,7 @@ class Bert(Transformer):
         block = PostNormBlock if post else Block
         with torch.device("meta"):
             super().__init__(config, group)
-            self.token_types = nn.Embedding(config.num_token_types, h)
+            self.token_types = empty_table(config.num_token_types, h)
             self.ln_emb = nn.LayerNorm(h, eps=eps) if post else nn.Identity()
             self.blocks = nn.ModuleList(block(config, group) for _ in range(config.num_layers))
             self.ln_f = nn.Identity() if post else nn.LayerNorm(h, eps=eps)

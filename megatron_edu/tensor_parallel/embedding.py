@@ -59,8 +59,7 @@ class VocabParallelEmbedding(nn.Module):
         self.region = Region(group, sequence_split)
         self.first = group_rank(group) * (num_embeddings // size)  # the id of this rank's first row
         self.shard_rules = {"weight": Shard(0)}
-        self.weight = nn.Parameter(torch.empty(num_embeddings // size, embedding_dim))
-        nn.init.normal_(self.weight)
+        self.weight = nn.Parameter(torch.randn(num_embeddings // size, embedding_dim))
 
     def forward(
         self,
