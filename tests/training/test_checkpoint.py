@@ -208,6 +208,27 @@ def test_every_rank_is_told_why(ranks, device, tmp_path, tp, dp, full):
     assert list(tmp_path.iterdir()) == []
 
 
+def save_with_a_fault_on_one(run, device):
+    "What this rank is told if the code of another fails in a way that nobody foresaw."
+    def fault(path, pieces):
+        raise KeyError("a fault")
+
+    if dist.get_rank() == 1:
+        checkpoint.write_pieces = fault
+    try:
+        save_checkpoint(run, 1, *new(None, device), groups=ParallelDims(dp=2).build(device))
+    except OSError as error:
+        return str(error)
+    finally:
+        checkpoint.write_pieces = WRITE_PIECES
+
+
+def test_nobody_waits_for_a_rank_whose_code_fails(ranks, device, tmp_path):
+    answers = ranks(2)(save_with_a_fault_on_one, tmp_path, device)
+    assert answers[0] == answers[1] and "'a fault'" in answers[0]
+    assert list(tmp_path.iterdir()) == []
+
+
 def save_into_what_is_no_run(folder, device):
     try:
         save_checkpoint(folder, 1, *new(None, device), groups=ParallelDims(dp=2).build(device))
